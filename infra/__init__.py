@@ -1,0 +1,1 @@
+"""Adapters to storage, shards, Ray and MLflow. Knows nothing of `consistency` or `pipelines`."""

@@ -1,0 +1,190 @@
+"""Ray, and nothing but Ray: tasks for steps, Train for training workers.
+
+The surface is kept small on purpose (init, remote, wait, get, cancel, TorchTrainer): Ray removes
+more than it keeps. Import this module only when something must run; it costs a second.
+"""
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+
+from infra import storage
+from infra.errors import UserError, WorkerLost
+
+# Read where `fit` is called, hence set for every task of ours. Measured reasons:
+# reports wait for a poll (2 s by default); a worker group waits for others' CPUs before it starts;
+# printing twice, changing directory and a preemption watcher help nobody here.
+_TASK_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+class RayExecutor:
+    """Steps as Ray tasks on a local Ray of our own, or on a running cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Raises UserError when no cluster answers at `address`."""
+        self.owned = address == "local"
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.owned:
+            # A token of our own for this run, never written to disk; and loopback only.
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            # The dashboard is not for looking: Train frees leaked resources through its API.
+            settings |= {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
+        environment = {"env_vars": _TASK_ENV}
+        try:
+            ray.init(address=address, runtime_env=environment, **settings)
+        except (ConnectionError, ValueError) as error:
+            raise UserError(
+                f"no Ray cluster at address {address!r} ({error}); start one, set RAY_ADDRESS, "
+                f"or use --cluster laptop"
+            ) from error
+        # Steps call Ray Train, which asks the State API of *this* cluster.
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+        self._tasks: dict[Any, str] = {}
+
+    def capacity(self) -> float:
+        return float(ray.cluster_resources().get("CPU", 0))
+
+    def submit(self, function: Callable[..., Any], *args: Any, cpus: float, name: str) -> Any:
+        task = ray.remote(function).options(
+            num_cpus=cpus,
+            max_retries=0,
+            name=name,
+            runtime_env={
+                "env_vars": {**_TASK_ENV, "RAY_ADDRESS": os.environ["RAY_ADDRESS"]},
+            },
+        )
+        return task.remote(*args)
+
+    def wait(self, handles: Sequence[Any], timeout: float) -> list[Any]:
+        ready, _ = ray.wait(list(handles), num_returns=1, timeout=timeout)
+        return list(ready)
+
+    def result(self, handle: Any) -> Any:
+        try:
+            return ray.get(handle)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+        except ray.exceptions.RayError as error:
+            raise WorkerLost(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def cancel(self, handles: Sequence[Any]) -> None:
+        """Interrupt the steps (Train aborts its workers), then force what does not listen."""
+        if not handles:
+            return
+        for handle in handles:
+            # recursive=True would leak the placement groups of trainers inside the step.
+            ray.cancel(handle, force=False, recursive=False)
+        _, left = ray.wait(list(handles), num_returns=len(handles), timeout=10)
+        for handle in left:
+            ray.cancel(handle, force=True, recursive=False)
+
+    def close(self) -> None:
+        ray.shutdown()
+
+
+def train_workers(
+    worker: Callable[[dict[str, Any]], Any],
+    payload: dict[str, Any],
+    *,
+    name: str,
+    storage_url: str,
+    workers: int,
+    cpus_per_worker: int,
+    gpus_per_worker: float,
+    checkpoints_kept: int,
+    max_failures: int,
+) -> Any:
+    """Run `worker(payload)` on Ray Train workers; returns what rank 0 returned.
+
+    The same `storage_url` and `name` continue an interrupted run: workers then find its last
+    checkpoint through `TrainWorker.latest_checkpoint`.
+    """
+    from ray.train.torch import TorchTrainer
+
+    os.environ.update(_TASK_ENV)
+    per_worker: dict[str, float] = {"CPU": cpus_per_worker}
+    if gpus_per_worker > 0:
+        per_worker["GPU"] = gpus_per_worker
+    run: dict[str, Any] = {"storage_path": storage_url}
+    if not storage.is_local(storage_url):
+        import fsspec
+        import pyarrow.fs
+
+        filesystem, path = fsspec.core.url_to_fs(storage_url)
+        handler = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
+        run = {"storage_path": path, "storage_filesystem": handler}
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=payload,
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=name,
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=checkpoints_kept),
+            **run,
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        causes = getattr(error, "worker_failures", {})
+        for cause in causes.values():
+            raise _original(cause) from error
+        raise
+
+
+def _original(error: BaseException) -> BaseException:
+    """The exception a worker raised, without Ray's wrappers."""
+    while isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
+        error = error.cause
+    return error
+
+
+class TrainWorker:
+    """This training worker, as Ray Train sees it."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank: int = context.get_world_rank()
+        self.world_size: int = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+
+    @contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        """A local copy of the last committed checkpoint, or None at a fresh start."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            yield None
+            return
+        with checkpoint.as_directory() as folder:
+            yield Path(folder)
+
+    def publish(self, folder: Path | None, images: int) -> None:
+        """Hand a checkpoint to Ray Train. A barrier: every rank calls it, rank 0 with a folder.
+
+        The name is unique: a directory left by a crash must never mix with a new one.
+        """
+        checkpoint = None if folder is None else Checkpoint.from_directory(str(folder))
+        name = f"images-{images:012d}-{secrets.token_hex(3)}"
+        ray.train.report({"images": images}, checkpoint=checkpoint, checkpoint_dir_name=name)

@@ -1,0 +1,368 @@
+"""Files and objects behind one small set of functions: local paths and any fsspec URL.
+
+A write is either whole or not there: local files are written beside their target, synced and
+renamed; objects are put in one request. Names starting with `.tmp-` are unfinished and unseen.
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+from urllib.parse import unquote
+
+from infra.errors import UserError
+
+TEMP_PREFIX = ".tmp-"
+_BLOCK = 4 << 20  # bytes per ranged request: a cut connection costs one block, not the object
+# Stores whose client caches listings: another process's new files would stay unseen.
+_LISTING_CACHES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
+
+_MENDS = {
+    errno.ENOSPC: ("disk full", "free space or choose another --workspace"),
+    errno.EDQUOT: ("disk quota exceeded", "free space or choose another --workspace"),
+    errno.EROFS: ("read-only file system", "choose a writable --workspace"),
+    errno.EACCES: ("permission denied", "mend its owner or mode, or choose another place"),
+    errno.EPERM: ("operation not permitted", "mend its owner or mode, or choose another place"),
+    errno.EEXIST: ("a file stands where a folder is needed", "move it or choose another place"),
+    errno.ENOTDIR: ("a file stands where a folder is needed", "move it or choose another place"),
+    errno.EISDIR: ("a folder stands where a file is needed", "move it or choose another place"),
+}
+
+
+class CorruptError(UserError):
+    """A file is missing, cut short or altered against its record."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a directory: path relative to it, with forward slashes."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def user_error_from(error: OSError, url: str) -> UserError | None:
+    """The one line for an OSError the user can mend, None for all others."""
+    code = errno.EACCES if isinstance(error, PermissionError) and not error.errno else error.errno
+    if code not in _MENDS:
+        return None
+    what, mend = _MENDS[code]
+    return UserError(f"{what}: {url}: {mend}")
+
+
+@contextmanager
+def mendable(url: str) -> Iterator[None]:
+    """Turns a full disk, a missing permission and their like into UserError; others pass."""
+    try:
+        yield
+    except OSError as error:
+        known = user_error_from(error, url)
+        if known is None:
+            raise
+        raise known from error
+
+
+def is_local(url: str) -> bool:
+    """Plain paths and file:// URLs. UserError for pipes and chained URLs."""
+    if url.startswith(("pipe:", "shell:")) or "::" in url:
+        raise UserError(f"{url}: pipes and chained URLs are refused; give a path or a plain URL")
+    return "://" not in url or url.startswith("file://")
+
+
+def absolute(url: str) -> str:
+    """A local path made absolute (~ expanded); other URLs as they are."""
+    if not is_local(url):
+        return url
+    path = unquote(url[len("file://") :]) if url.startswith("file://") else url
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def join(url: str, *parts: str) -> str:
+    """`url/part/part`, for paths and URLs alike."""
+    base = url if url.endswith("/") else url + "/"
+    return base + "/".join(parts) if parts else url
+
+
+def read_bytes(url: str) -> bytes:
+    """The whole file. FileNotFoundError when it is not there."""
+    with mendable(url):
+        if is_local(url):
+            with open(absolute(url), "rb") as file:
+                return file.read()
+        fs, path = _remote(url)
+        return cast(bytes, fs.cat_file(path))
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Writes or replaces the file in one step."""
+    with mendable(url):
+        if is_local(url):
+            target = absolute(url)
+            temp = _write_temp(target, data)
+            os.replace(temp, target)
+            _sync_folder(target)
+        else:
+            fs, path = _remote(url)
+            fs.pipe_file(path, data)
+
+
+def put_if_absent(url: str, data: bytes) -> bool:
+    """Writes the file unless it exists; True for the one caller that wrote it.
+
+    Exclusive on local disks and on stores that honour `If-None-Match: *`; on a store that ignores
+    it two callers in the same instant may both be told True.
+    """
+    if is_local(url):
+        return _link_if_absent(absolute(url), data)
+    if exists(url):
+        return False
+    with mendable(url):
+        fs, path = _remote(url)
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # Ceph's answer to a lost race reaches us as errno 22, the same as a bad request.
+            if error.errno == errno.EINVAL and fs.exists(path):
+                return False
+            raise
+    return True
+
+
+def exists(url: str) -> bool:
+    """Whether a file or folder is there."""
+    with mendable(url):
+        if is_local(url):
+            return os.path.exists(absolute(url))
+        fs, path = _remote(url)
+        return bool(fs.exists(path))
+
+
+def list_dir(url: str) -> list[str]:
+    """Sorted names of files and folders in a folder; empty when it is missing."""
+    with mendable(url):
+        try:
+            if is_local(url):
+                names = os.listdir(absolute(url))
+            else:
+                fs, path = _remote(url)
+                found = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
+                names = [entry.rsplit("/", 1)[-1] for entry in found if entry != path]
+        except FileNotFoundError:
+            return []
+    return sorted(name for name in names if not name.startswith(TEMP_PREFIX))
+
+
+def list_files(url: str) -> list[tuple[str, int]]:
+    """(relative path, bytes) of every file below a folder, sorted; empty when it is missing."""
+    with mendable(url):
+        found = _walk(absolute(url)) if is_local(url) else _find(url)
+        return sorted(
+            (path, size)
+            for path, size in found
+            if not any(part.startswith(TEMP_PREFIX) for part in path.split("/"))
+        )
+
+
+def size(url: str) -> int:
+    """Bytes of one file. FileNotFoundError when it is not there."""
+    with mendable(url):
+        if is_local(url):
+            return os.path.getsize(absolute(url))
+        fs, path = _remote(url)
+        return int(fs.size(path))
+
+
+def sha256(url: str) -> str:
+    """Hex digest of one file's bytes, read in blocks."""
+    with mendable(url), _open(url) as file:
+        digest = hashlib.sha256()
+        while block := file.read(_BLOCK):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def remove_tree(url: str) -> None:
+    """Removes a file or a folder with all below it; nothing to do when it is missing."""
+    with mendable(url):
+        try:
+            if not is_local(url):
+                fs, path = _remote(url)
+                fs.rm(path, recursive=True)
+            elif os.path.isdir(path := absolute(url)) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.remove(path)
+        except FileNotFoundError:
+            pass
+
+
+def upload_file(local_file: str, url: str) -> None:
+    """Publishes a finished local file; on local disks a hard link where possible, else a copy.
+
+    The link shares its bytes with `local_file`, which must not be written to afterwards.
+    """
+    with mendable(url):
+        if not is_local(url):
+            fs, path = _remote(url)
+            fs.put_file(local_file, path)
+            return
+        target = absolute(url)
+        if os.path.exists(target) and os.path.samefile(local_file, target):
+            return
+        temp = _temp_beside(target)
+        try:
+            try:
+                os.link(os.path.realpath(local_file), temp)
+            except OSError:  # another device, or a file system without links
+                shutil.copyfile(local_file, temp)
+            _sync(temp)
+            os.replace(temp, target)
+        except BaseException:
+            with suppress(OSError):
+                os.remove(temp)
+            raise
+        _sync_folder(target)
+
+
+def upload_dir(local_dir: str, url: str) -> list[FileRecord]:
+    """Publishes every file below `local_dir` and returns their records, sorted by path."""
+    records = describe_dir(local_dir)
+    for record in records:
+        upload_file(os.path.join(local_dir, record.path), join(url, record.path))
+    return records
+
+
+def download_dir(url: str, local_dir: str) -> None:
+    """Copies every file below `url` into `local_dir`, which is whole only when this returns."""
+    for relative, _ in list_files(url):
+        if ".." in PurePosixPath(relative).parts or relative.startswith("/"):
+            raise UserError(f"{url}: refused the path {relative!r} that leaves the folder")
+        target = os.path.join(local_dir, relative)
+        with mendable(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with _open(join(url, relative)) as source, open(target, "wb") as file:
+                shutil.copyfileobj(source, file, _BLOCK)
+
+
+def describe_dir(url: str) -> list[FileRecord]:
+    """Path, size and sha256 of every file below a folder, sorted by path."""
+    return [FileRecord(path, bytes, sha256(join(url, path))) for path, bytes in list_files(url)]
+
+
+def verify(url: str, records: Iterable[FileRecord]) -> None:
+    """CorruptError naming the first file that is missing, of the wrong size or altered."""
+    for record in records:
+        target = join(url, record.path)
+        mend = f"delete {url} and run again"
+        try:
+            found = size(target)
+        except FileNotFoundError:
+            raise CorruptError(f"{target} is missing: {mend}") from None
+        if found != record.bytes:
+            raise CorruptError(f"{target} has {found} bytes, not {record.bytes}: {mend}")
+        if sha256(target) != record.sha256:
+            raise CorruptError(f"{target} is altered (its sha256 differs): {mend}")
+
+
+def _remote(url: str) -> tuple[Any, str]:
+    """The filesystem and the path within it. Built per call: fsspec caches them, safe over fork."""
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    options = {"use_listings_cache": False} if protocol in _LISTING_CACHES else {}
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except ValueError as error:
+        raise UserError(f"{url}: {error}; give a path or an fsspec URL") from error
+    except ImportError as error:
+        raise UserError(f"{url}: {error}; install the package for {protocol}://") from error
+    return fs, path.rstrip("/")
+
+
+def _open(url: str) -> BinaryIO:
+    if is_local(url):
+        return open(absolute(url), "rb")
+    fs, path = _remote(url)
+    return cast(BinaryIO, fs.open(path, "rb", block_size=_BLOCK))
+
+
+def _walk(root: str) -> Iterator[tuple[str, int]]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    if not os.path.exists(root):
+        return
+    # Data sets are often assembled from linked class folders, so links are followed.
+    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            yield os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)
+
+
+def _find(url: str) -> Iterator[tuple[str, int]]:
+    fs, root = _remote(url)
+    for name, info in fs.find(root, detail=True).items():
+        if name.startswith(root + "/") and name != root + "/":
+            yield name[len(root) + 1 :], int(info["size"])
+
+
+def _temp_beside(target: str) -> str:
+    folder = os.path.dirname(target)
+    os.makedirs(folder, exist_ok=True)
+    return os.path.join(folder, f"{TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}")
+
+
+def _write_temp(target: str, data: bytes) -> str:
+    temp = _temp_beside(target)
+    try:
+        with open(temp, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            os.remove(temp)
+        raise
+    return temp
+
+
+def _link_if_absent(target: str, data: bytes) -> bool:
+    """A hard link fails when its name is taken: exclusive, and whole from the first instant."""
+    with mendable(target):
+        temp = _write_temp(target, data)
+        try:
+            os.link(temp, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
+                raise UserError(
+                    f"{target}: this file system has no hard links; choose another --workspace"
+                ) from error
+            raise
+        finally:
+            os.remove(temp)
+        _sync_folder(target)
+        return True
+
+
+def _sync(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(target: str) -> None:
+    with suppress(OSError):  # some network file systems refuse to sync a folder
+        _sync(os.path.dirname(target))

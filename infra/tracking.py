@@ -1,0 +1,305 @@
+"""MLflow runs, and metrics out of training. The model registry is in `infra.registry`.
+
+These two files alone import mlflow, and only inside functions: the import takes seconds. Every
+call names its server (`MlflowClient(uri)`), so nothing sets or reads a global tracking URI.
+"""
+
+import fcntl
+import logging
+import math
+import os
+import queue
+import re
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+from infra import storage
+from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+FINGERPRINT_TAG = "cmforge.fingerprint"
+
+_log = logging.getLogger(__name__)
+_SQLITE = "sqlite:///"
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default 7 hangs for minutes on a dead server
+    "MLFLOW_UV_AUTO_DETECT": "false",  # else a uv.lock in the current folder goes into the model
+}
+
+
+# --- where --------------------------------------------------------------------------------------
+
+
+def default_tracking_uri(workspace: str) -> str:
+    """`sqlite:///<absolute workspace>/mlflow.db`. UserError for a workspace that is not local."""
+    if not storage.is_local(workspace):
+        raise UserError(
+            f"workspace: {workspace} is remote, where sqlite cannot live; "
+            "set cluster.tracking_uri or MLFLOW_TRACKING_URI to an MLflow server"
+        )
+    # SQLAlchemy 2.1 decodes %xx in the path and takes ? for the start of options.
+    return _SQLITE + quote(storage.absolute(storage.join(workspace, "mlflow.db")), safe="/ #+&=,@~")
+
+
+def artifact_root(workspace: str) -> str | None:
+    """`<workspace>/mlartifacts` for sqlite, which else writes below the current folder."""
+    if not storage.is_local(workspace):
+        return None
+    return Path(storage.absolute(storage.join(workspace, "mlartifacts"))).as_uri()
+
+
+def prepare(uri: str, experiment: str, artifact_root: str | None) -> None:
+    """Create the database and the experiment, once, before steps run side by side.
+
+    Raises UserError when the server cannot be reached, opened or understood.
+    """
+    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password
+    mend = "mend cluster.tracking_uri or MLFLOW_TRACKING_URI"
+    try:
+        client = connect(uri)
+        from mlflow.exceptions import MlflowException
+    except ImportError as error:
+        raise UserError(f"tracking server {shown}: {error}; install it, or {mend}") from error
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"tracking server {shown}: {error}; {mend}") from error
+    try:
+        experiment_id(client, uri, experiment, artifact_root)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"tracking server {shown}: {reason}; {mend}") from error
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client of the runs and the registry at `uri`, without MLflow's chatter."""
+    for key, value in _ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    import mlflow
+
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    database = _sqlite_path(uri)
+    if database is not None:
+        _ensure_database(database)
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    return Path(unquote(uri.removeprefix(_SQLITE))) if uri.startswith(_SQLITE) else None
+
+
+def _ensure_database(path: Path) -> None:
+    """A database with MLflow's schema, whole or absent. Raises OSError or sqlite3.Error.
+
+    MLflow migrates in place: a kill, or two processes at once, leave a schema it cannot mend.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(path.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel, also after SIGKILL
+            if not path.exists():
+                _create_database(path)
+    # Asked here because MLflow tries for 100 s to open what cannot be opened.
+    with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True)) as connection:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+
+def _create_database(path: Path) -> None:
+    from mlflow import MlflowClient
+
+    with tempfile.TemporaryDirectory(prefix="cmforge-mlflow-") as scratch:
+        MlflowClient(f"{_SQLITE}{scratch}/mlflow.db").search_experiments(max_results=1)
+        new = path.with_name(path.name + ".new")
+        new.unlink(missing_ok=True)
+        with (
+            closing(sqlite3.connect(f"{scratch}/mlflow.db")) as source,
+            closing(sqlite3.connect(new)) as target,
+        ):
+            source.backup(target)
+        os.replace(new, path)
+
+
+def experiment_id(client: "MlflowClient", uri: str, name: str, artifact_root: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
+    location = artifact_root if _sqlite_path(uri) is not None else None  # a server has its own
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = client.get_experiment_by_name(name)  # another process was first
+        assert found is not None, name
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"experiment {name} was deleted in MLflow: restore it with "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return str(found.experiment_id)
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def open_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    fingerprint: str,
+    artifact_root: str | None,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> str:
+    """Id of the run of `fingerprint`, found or created, now RUNNING: a resumed stage goes on in it.
+
+    Parameters are logged once; those already there are left alone.
+    """
+    client = connect(uri)
+    from mlflow.entities import Param
+
+    home = experiment_id(client, uri, experiment, artifact_root)
+    found = client.search_runs(
+        [home],
+        f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'",
+        max_results=1,
+        order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+    )
+    if found:
+        run = found[0]
+        client.update_run(run.info.run_id, status="RUNNING")
+    else:
+        run = client.create_run(home, tags={**tags, FINGERPRINT_TAG: fingerprint}, run_name=name)
+    run_id = str(run.info.run_id)
+    missing = [Param(k, str(v)) for k, v in params.items() if k not in run.data.params]
+    for start in range(0, len(missing), 100):  # MLflow's limit per request
+        client.log_batch(run_id, params=missing[start : start + 100])
+    return run_id
+
+
+def finish_run(uri: str, run_id: str, status: str) -> None:
+    """Close a run: FINISHED, FAILED or KILLED."""
+    connect(uri).set_terminated(run_id, status)
+
+
+def log_artifacts(uri: str, run_id: str, paths: Sequence[Path]) -> None:
+    """Files, or folders under their own name, into the run."""
+    client = connect(uri)
+    for path in paths:
+        if path.is_dir():
+            client.log_artifacts(run_id, str(path), artifact_path=path.name)
+        else:
+            client.log_artifact(run_id, str(path))
+
+
+class MetricWriter:
+    """Metrics of a training loop, written in batches by a thread; `log` never waits nor raises.
+
+    The step of a metric is images seen. What the run already holds is not logged again, so a
+    resumed stage leaves one point per step: a floor `after`, and per metric the last point found.
+    A tracking server that fails costs metrics, never training: one warning, then retries.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        run_id: str,
+        *,
+        after: int = 0,
+        enabled: bool = True,
+        interval: float = 2.0,
+        deadline: float = 30.0,
+    ) -> None:
+        self._uri, self._run_id, self._after = uri, run_id, after
+        self._interval, self._deadline = interval, deadline
+        self._queue: queue.SimpleQueue[tuple[int, int, dict[str, float]]] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._pending: list[Metric] = []
+        self.failures = 0
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._enabled = enabled
+        if enabled:
+            self._thread.start()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def log(self, images: int, metrics: Mapping[str, float]) -> None:
+        """Queue values at `images` seen."""
+        if self._enabled and images > self._after:
+            self._queue.put((images, int(time.time() * 1000), dict(metrics)))
+
+    def close(self) -> None:
+        """Write what is queued, within the deadline; what is then left is lost, with a warning."""
+        if not self._enabled or self._closing.is_set():
+            return
+        self._closing.set()
+        self._thread.join(self._deadline)
+        left = len(self._pending) + self._queue.qsize()
+        if left:
+            _log.warning("%d metric records did not reach the tracking server", left)
+
+    def _run(self) -> None:
+        client: MlflowClient | None = None
+        last: dict[str, int] = {}
+        end = math.inf
+        while True:
+            stopping = self._closing.wait(min(self._interval * 2 ** min(self.failures, 5), 60.0))
+            end = min(end, time.monotonic() + self._deadline) if stopping else math.inf
+            try:
+                if client is None:
+                    client = connect(self._uri)
+                    last = _last_steps(client, self._run_id)
+                self._drain(last)
+                while self._pending:
+                    client.log_batch(self._run_id, metrics=self._pending[:1000])
+                    del self._pending[:1000]
+                self.failures = 0
+                if stopping and self._queue.empty():
+                    return
+            except Exception as error:  # whatever ails the server, training goes on
+                self.failures += 1
+                if self.failures == 1:
+                    _log.warning("metrics are kept back, the tracking server fails: %s", error)
+                if stopping:
+                    if time.monotonic() > end:
+                        return
+                    time.sleep(min(self._interval, 1.0))
+
+    def _drain(self, last: Mapping[str, int]) -> None:
+        from mlflow.entities import Metric
+
+        while not self._queue.empty():
+            images, stamp, metrics = self._queue.get()
+            for key, value in metrics.items():
+                name = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
+                if images > last.get(name, self._after):
+                    self._pending.append(Metric(name, float(value), stamp, images))
+
+
+def _last_steps(client: "MlflowClient", run_id: str) -> dict[str, int]:
+    """Metric name -> last step the run holds."""
+    return {
+        name: max(point.step for point in client.get_metric_history(run_id, name))
+        for name in client.get_run(run_id).data.metrics
+    }

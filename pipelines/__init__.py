@@ -1,0 +1,1 @@
+"""The workflow: recipes, the DAG, its steps and the command line."""

@@ -1,0 +1,133 @@
+"""What steps hand to each other: small typed values, JSON-able, with paths relative to their home.
+
+A committed step is a directory (`Committed.url`) plus one of these values. Values never hold
+absolute paths, so a workspace can be moved or mounted elsewhere.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSet:
+    """WebDataset shards in `shards/` beside their manifest."""
+
+    count: int
+    size: int
+    channels: int
+    class_names: tuple[str, ...]
+    num_shards: int
+    bytes: int
+    pixel_digest: str
+    manifest_sha256: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceStats:
+    """`features.safetensors` (the feature net) and `stats.safetensors` (n, mean, m2)."""
+
+    metric: str  # its own name, never "fid"
+    count: int
+    accuracy: float
+    total_variance: float  # trace of the covariance, the unit of "percent"
+    halves_percent: float  # distance between two halves of the real images: the floor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """`weights.safetensors` (first EMA, fp32) and `config.json`; the curve is in `curve.jsonl`."""
+
+    kind: str  # "denoiser" | "consistency"
+    images: int
+    steps: int
+    parameters: int
+    final_loss: float
+    train_seconds: float
+    weights_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One row of the metric table; the grid is a PNG in the same directory."""
+
+    candidate: str  # "teacher" | "distill" | "isolate"
+    sampler: str  # "heun" | "multistep"
+    steps: int
+    evaluations: int  # network calls per image (NFE)
+    samples: int
+    distance: float
+    percent: float  # 100 * distance / trace of the reference covariance
+    agreement: float | None  # share of samples the feature net puts in the asked-for class
+    grid: str
+    sigmas: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Every score under one protocol."""
+
+    metric: str
+    floor_percent: float
+    scores: tuple[Score, ...]
+
+    def score(self, candidate: str, steps: int) -> Score:
+        return next(s for s in self.scores if s.candidate == candidate and s.steps == steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisteredModel:
+    """Exactly one MLflow model version per artifact digest."""
+
+    name: str
+    version: int
+    alias: str | None  # the alias it holds after this step; None when the gate kept it back
+    candidate: str
+    digest: str
+    percent: float
+    decision: str  # why the alias moved, or did not
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One self-contained HTML page."""
+
+    file: str
+    bytes: int
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed(Generic[T]):
+    """A finished step: where its files are, and its value."""
+
+    step: str
+    fingerprint: str
+    url: str  # directory of the committed attempt's files
+    seconds: float
+    value: T
+
+
+def to_json(value: Any) -> dict[str, Any]:
+    """A value of this module as plain JSON types."""
+    return dataclasses.asdict(value)
+
+
+def from_json(cls: type, raw: Any) -> Any:
+    """Rebuild what `to_json` made. Raises TypeError or KeyError when it is of another shape."""
+    hints = get_type_hints(cls)
+    return cls(**{name: _decode(hints[name], item) for name, item in raw.items()})
+
+
+def _decode(hint: Any, raw: Any) -> Any:
+    if get_origin(hint) is tuple:
+        return tuple(_decode(get_args(hint)[0], item) for item in raw)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, raw)
+    return raw

@@ -1,0 +1,189 @@
+"""YAML and dotted overrides into the frozen values of `recipe` and `consistency.config`, strictly.
+
+Precedence: dataclass default < method preset < recipe file < override.
+
+- The sections `distill` and `isolate` start from the preset `configs/methods/<method>.yaml`.
+- An override that changes a section's `method` also drops the keys in METHOD_PARTS which the
+  recipe file wrote for the old method; training keys (images, batch, lr, ema, ...) stay.
+- A mapping whose `kind` differs from the one below it starts afresh; without `kind` it amends.
+- Lists are replaced whole. Files are complete: there is no inheritance, no alias, no tag.
+
+All mistakes of a file and its overrides are reported at once, one line each, as
+`file:line:col: path: message, did you mean 'x'?` (see `strict_yaml`).
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from consistency.config import ConsistencyConfig, TrainConfig
+from infra.errors import UserError
+from pipelines.recipe import Cluster, Recipe
+from pipelines.strict_yaml import (
+    Mark,
+    Node,
+    Problems,
+    build,
+    describe,
+    did_you_mean,
+    entry,
+    merge,
+    parse,
+    user_error,
+)
+
+Folder = Literal["recipes", "clusters", "methods"]
+
+METHOD_SECTIONS = ("distill", "isolate")
+# What a method is made of, as opposed to how long and how fast it is trained.
+METHOD_PARTS = (
+    {field.name for field in dataclasses.fields(ConsistencyConfig)}
+    - {field.name for field in dataclasses.fields(TrainConfig)}
+    - {"method"}
+)
+
+FILE, PRESET, OVERRIDE = 0, 1, 2  # layers of a Mark; overrides count on from OVERRIDE
+MAX_BYTES = 1_000_000
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """A packaged recipe's name or a path to a .yaml file. UserError lists every mistake."""
+    problems: Problems = []
+    tree = _read_file("recipes", name_or_path, FILE, problems)
+    changes = _read_overrides(overrides, problems)
+    for section in METHOD_SECTIONS:
+        tree, changes = _on_method_preset(section, tree, changes, problems)
+    return build(Recipe, merge(tree, changes), problems)
+
+
+def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
+    """A packaged cluster's name or a path to a .yaml file. UserError lists every mistake."""
+    problems: Problems = []
+    tree = _read_file("clusters", name_or_path, FILE, problems)
+    return build(Cluster, merge(tree, _read_overrides(overrides, problems)), problems)
+
+
+def names(folder: Folder) -> list[str]:
+    """The packaged recipes, clusters or methods."""
+    return sorted(path.stem for path in (_root() / folder).glob("*.yaml"))
+
+
+def resolved_yaml(value: Recipe | Cluster) -> str:
+    """Every key with its final value; loading the text gives an equal value."""
+    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _root() -> Path:
+    """The presets inside an installed package, or `configs/` of a checkout."""
+    packaged = Path(__file__).parent / "presets"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def _read_file(
+    folder: Folder, name_or_path: str, layer: int, problems: Problems, chosen_at: Mark | None = None
+) -> Node:
+    """The file's root mapping. UserError when there is no such thing to go on with."""
+    kind = folder.removesuffix("s")
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path or os.sep in name_or_path:
+        source, path = name_or_path, Path(name_or_path)
+    else:
+        path = _root() / folder / f"{name_or_path}.yaml"
+        if name_or_path not in names(folder):
+            raise UserError(
+                f"unknown {kind} {name_or_path!r}{did_you_mean(name_or_path, names(folder))} "
+                f"(packaged: {', '.join(names(folder))}; or give a path to a .yaml file)"
+            )
+        inside = path.is_relative_to(Path.cwd())
+        source = str(path.relative_to(Path.cwd()) if inside else path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+    except IsADirectoryError:
+        raise UserError(f"{source}: is a folder, give a {kind} file (.yaml)") from None
+    except OSError as error:
+        packaged = ", ".join(names(folder))
+        raise UserError(
+            f"{source}: cannot read the {kind}: {error.strerror} (packaged: {packaged})"
+        ) from None
+    if len(raw) > MAX_BYTES:
+        raise UserError(f"{source}: larger than {MAX_BYTES:,} bytes, not a {kind}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{source}:{line}:1: not UTF-8 text; save the file as UTF-8") from None
+    root = parse(text, Mark(layer, source, 1, 1), problems, chosen_at)
+    if root.value is not None and not isinstance(root.value, dict):
+        problems.append((root.mark, f"expected a mapping (key: value), got {describe(root)}"))
+    if not isinstance(root.value, dict):
+        raise user_error(problems)
+    return root
+
+
+def _read_overrides(overrides: Sequence[str], problems: Problems) -> Node:
+    """`a.b=value` each, the last one wins. The value is taken as it stands (no # comments, no
+    escapes) unless it begins like a YAML list, mapping or quoted text."""
+    nowhere = Mark(OVERRIDE, "overrides", 0, 0)
+    changes = Node({}, nowhere, nowhere)
+    for i, override in enumerate(overrides):
+        mark = Mark(OVERRIDE + i, f"override {override!r}", 0, 0)
+        dotted, equals, text = override.partition("=")
+        parts = [part.strip() for part in dotted.split(".")]
+        if not equals or not all(parts):
+            problems.append((mark, "expected key=value, such as teacher.images=200_000"))
+            continue
+        text = text.strip()
+        is_yaml = text.startswith(("[", "{", "'", '"'))
+        node = parse(text, mark, problems) if is_yaml else Node(text, mark, mark)
+        for part in reversed(parts):
+            node = Node({part: node}, mark, mark)
+        changes = merge(changes, node)
+    return changes
+
+
+def _on_method_preset(
+    section: str, tree: Node, changes: Node, problems: Problems
+) -> tuple[Node, Node]:
+    """The tree with the section's method preset under it; see the module's rules."""
+    assert isinstance(tree.value, dict)
+    assert isinstance(changes.value, dict)
+    changed, written = changes.value.get(section), tree.value.get(section)
+    holder = written or changed
+    if holder is None or not all(isinstance(n.value, dict) for n in (changed, written) if n):
+        return tree, changes  # missing or of the wrong type: said when the section is read
+    old, new = entry(written, "method"), entry(changed, "method")
+    method = new or old
+    known = names("methods")
+    if method is None or method.value not in known:
+        if method is None:
+            problems.append(
+                (holder.key_mark, f"{section}.method: missing, one of {', '.join(known)}")
+            )
+        elif method.value is not None:
+            near = did_you_mean(str(method.value), known)
+            message = f"{section}.method: unknown method {describe(method)}{near}"
+            problems.append((method.mark, f"{message} (one of {', '.join(known)})"))
+        unreadable = dataclasses.replace(holder, value=None)
+        rest = {key: node for key, node in changes.value.items() if key != section}
+        changes = dataclasses.replace(changes, value=rest)
+        return dataclasses.replace(tree, value=tree.value | {section: unreadable}), changes
+
+    base = _read_file("methods", str(method.value), PRESET, problems, method.mark)
+    if written is not None:
+        assert isinstance(written.value, dict)
+        if old is not None and new is not None and old.value != new.value:
+            kept = {key: node for key, node in written.value.items() if key not in METHOD_PARTS}
+            written = dataclasses.replace(written, value=kept)
+        base = merge(base, written)
+    base = dataclasses.replace(base, mark=holder.mark, key_mark=holder.key_mark)
+    return dataclasses.replace(tree, value=tree.value | {section: base}), changes

@@ -1,0 +1,412 @@
+"""The report: typed values in, one self-contained HTML page out (no script, no request)."""
+
+import re
+import shlex
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+
+from pipelines import svg
+from pipelines.artifacts import (
+    Evaluation,
+    ReferenceStats,
+    RegisteredModel,
+    Score,
+    ShardSet,
+    TrainedModel,
+)
+from pipelines.svg import Points, Stage, duration, figure
+
+# The browser itself then refuses whatever the page might try to fetch.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_TRAINED = ("teacher", "distill", "isolate")  # each has its colour in report.css
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training stage and its curve: {"images", "loss", "images_per_second", ["N"], ["mu"]}."""
+
+    stage: str
+    model: TrainedModel
+    curve: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """All that the report says. Images are PNG bytes, so that this file knows no pixels."""
+
+    recipe_name: str
+    recipe_yaml: str
+    tracking_uri: str
+    experiment: str
+    stages: tuple[Stage, ...]
+    shard: ShardSet
+    reference: ReferenceStats
+    trainings: tuple[Training, ...]
+    evaluation: Evaluation
+    registered: RegisteredModel
+    samples: Mapping[str, Sequence[bytes]]  # "{candidate}-{steps}" -> one PNG per sample
+    grids: Mapping[str, bytes]  # Score.grid -> that file
+
+
+def sample_key(score: Score) -> str:
+    return f"{score.candidate}-{score.steps}"
+
+
+def model_uri(registered: RegisteredModel) -> str:
+    """By alias when it holds one, else by version."""
+    if registered.alias is None:
+        return f"models:/{registered.name}/{registered.version}"
+    return f"models:/{registered.name}@{registered.alias}"
+
+
+def render(page: Page) -> str:
+    """The whole document. Deterministic: the same page gives the same text."""
+    style = resources.files("pipelines").joinpath("report.css").read_text(encoding="utf-8")
+    title = escape(f"{page.registered.name} {page.registered.version} · cmforge")
+    body = "\n".join(
+        [
+            _headline(page),
+            _use(page),
+            _workflow(page),
+            _sheet(page),
+            _metrics(page),
+            _curves(page.trainings),
+            _lineage(page),
+            _recipe(page),
+        ]
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def _headline(page: Page) -> str:
+    r, shard = page.registered, page.shard
+    one = page.evaluation.score(r.candidate, 1)
+    two = page.evaluation.score(r.candidate, 2)
+    teacher = next((s for s in page.evaluation.scores if s.candidate == "teacher"), None)
+    alias = (
+        '<span class="pill held">no alias</span>'
+        if r.alias is None
+        else f'<span class="pill">@{escape(r.alias)}</span>'
+    )
+    stats = [
+        _stat("one step", _percent(one.percent), _detail(one), r.candidate),
+        _stat("two steps", _percent(two.percent), _detail(two), r.candidate),
+    ]
+    if teacher is not None:
+        called = f"teacher, {teacher.evaluations} evaluations"
+        stats.append(_stat(called, _percent(teacher.percent), _detail(teacher), "teacher"))
+    floor = _percent(page.evaluation.floor_percent)
+    stats.append(_stat("real images, floor", floor, "two halves of the data", ""))
+    tiles = page.samples[sample_key(one)]
+    soft, smoothed = _softness(shard)
+    return (
+        '<header>\n<p class="over">cmforge report '
+        f"<span>recipe {escape(page.recipe_name)}</span></p>\n"
+        f'<h1>{escape(r.name)} <small>version {r.version}</small> {alias}</h1>\n<p class="lede">'
+        f"A generator of {shard.size} × {shard.size} {_channels(shard.channels)} images, one "
+        f"network call each, learned from {shard.count:,} real ones. The registered candidate is "
+        f'<strong class="{_css(r.candidate)}">{escape(r.candidate)}</strong>: '
+        f'{escape(_sentence(r.decision))}</p>\n<dl class="stats">{"".join(stats)}</dl>\n'
+        f'<figure class="hero{soft}"><div class="tiles" role="img" aria-label="{len(tiles)} samples">'
+        f"{_images(tiles)}</div>\n<figcaption>The first {len(tiles)} samples of the registered "
+        "model in one step, none picked, none left out."
+        f"{_by_class(one, shard)}{smoothed}</figcaption></figure>\n</header>"
+    )
+
+
+def _use(page: Page) -> str:
+    uri, r = model_uri(page.registered), page.registered
+    export = f"export MLFLOW_TRACKING_URI={shlex.quote(_no_password(page.tracking_uri))}"
+    python = (
+        "import mlflow\n\n"
+        f'model = mlflow.pyfunc.load_model("{uri}")\n'
+        'images = model.predict({"num_samples": [16], "steps": [1], "seed": [0]})'
+    )
+    shell = f"cmforge sample {shlex.quote(uri)}"
+    return (
+        '<section id="use">\n<h2>Use it</h2>\n'
+        f"<p>{escape(r.name)} loads wherever mlflow and torch are installed.</p>\n"
+        f'<div class="pair"><figure><figcaption>Shell</figcaption>'
+        f"<pre><code>{escape(export)}\n{escape(shell)}</code></pre></figure>\n"
+        f"<figure><figcaption>Python, with the same export</figcaption>"
+        f"<pre><code>{escape(python)}</code></pre></figure></div>\n</section>"
+    )
+
+
+def _workflow(page: Page) -> str:
+    known = [s for s in page.stages if s.state != "now"]
+    ran = [s for s in known if s.state == "ran"]
+    spent = sum(s.seconds or 0.0 for s in ran)
+    rest = (
+        "; the others were taken from the workspace, their times were spent earlier"
+        if len(ran) < len(known)
+        else ""
+    )
+    dashed = any(s.dashed for s in page.stages)
+    note = " A dashed edge lends starting weights, not a loss." if dashed else ""
+    return (
+        '<section id="workflow">\n<h2>Workflow</h2>\n'
+        f"<p>{len(ran)} of {len(known)} stages ran, {duration(spent)} of work{rest}. "
+        f"Edges that follow from others are left out.{note}</p>\n"
+        f"<figure>{svg.dag(page.stages)}{svg.dag(page.stages, vertical=True)}</figure>\n</section>"
+    )
+
+
+def _sheet(page: Page) -> str:
+    columns = min(10, *(len(tiles) for tiles in page.samples.values()))
+    names = page.shard.class_names
+    header = ""
+    if any(s.agreement is not None for s in page.evaluation.scores):
+        cells = (f"<span>{escape(names[i % len(names)])}</span>" for i in range(columns))
+        header = (
+            '<div class="row head" aria-hidden="true"><div class="who">class</div>'
+            f'<div class="tiles">{"".join(cells)}</div></div>'
+        )
+    rows = []
+    for score in page.evaluation.scores:
+        images = _images(page.samples[sample_key(score)][:columns])
+        told = f"{columns} samples, {score.candidate}, {_steps(score)}"
+        rows.append(
+            f'<div class="row"><div class="who {_css(score.candidate)}"><b>'
+            f"{escape(score.candidate)}</b><span>{_steps(score)}</span>"
+            f"<span>{figure(score.distance, 4)} ({_percent(score.percent)})</span></div>"
+            f'<div class="tiles" role="img" aria-label="{escape(told)}">{images}</div></div>'
+        )
+    whole = "".join(
+        f"<figure><figcaption>{escape(s.candidate)}, {_steps(s)}</figcaption>"
+        f'<img class="grid" alt="{escape(s.candidate)}, {_steps(s)}" '
+        f'src="{_data_uri(page.grids[s.grid])}"></figure>'
+        for s in page.evaluation.scores
+        if s.grid in page.grids
+    )
+    more = (
+        f'<details><summary>All saved samples</summary><div class="grids">{whole}</div></details>'
+    )
+    return (
+        '<section id="samples">\n<h2>The same noise, down each column</h2>\n'
+        "<p>Every column starts from one noise image. Where a candidate has learned the teacher's "
+        "own map, it paints the teacher's image with a fraction of the evaluations.</p>\n"
+        f'<div class="sheet{_softness(page.shard)[0]}" style="--columns:{columns}">{header}{"".join(rows)}</div>\n'
+        f"{more if whole else ''}\n</section>"
+    )
+
+
+def _metrics(page: Page) -> str:
+    metric, winner = page.evaluation.metric, page.registered.candidate
+    rows = []
+    for s in page.evaluation.scores:
+        mark = ' <span class="pill">registered</span>' if s.candidate == winner else ""
+        agreement = "–" if s.agreement is None else f"{100 * s.agreement:.1f} %"
+        rows.append(
+            f'<tr><th scope="row"><i class="dot {_css(s.candidate)}"></i>'
+            f"{escape(s.candidate)}{mark}</th>"
+            f"<td>{s.steps}</td><td><b>{_percent(s.percent)}</b></td>"
+            f"<td>{figure(s.distance, 4)}</td><td>{agreement}</td><td>{s.evaluations}</td>"
+            f"<td>{s.samples:,}</td><td>{escape(s.sampler)}</td><td>{_levels(s)}</td></tr>"
+        )
+    floor = page.evaluation.floor_percent
+    rows.append(
+        '<tr class="floor"><th scope="row">two halves of the real images</th><td>–</td>'
+        f"<td><b>{_percent(floor)}</b></td>"
+        f"<td>{figure(floor * page.reference.total_variance / 100, 4)}</td>"
+        f"<td>{100 * page.reference.accuracy:.1f} %</td><td>–</td>"
+        f"<td>{page.reference.count:,}</td><td>–</td><td>–</td></tr>"
+    )
+    heads = ("candidate", "steps", "of total variance", "distance", "class agreement")
+    heads += ("evaluations", "samples", "sampler", "levels σ")
+    head = "".join(f'<th scope="col">{h}</th>' for h in heads)
+    return (
+        '<section id="metrics">\n<h2>Measured</h2>\n'
+        f"<p><b>{escape(metric)}</b> is a Fréchet distance between real and generated images in "
+        "the features of a small classifier trained on these very shards: it is not FID, and no "
+        "published FID compares with it. The percentage is 100 × distance / total variance of the "
+        f"real features ({figure(page.reference.total_variance, 4)}); two halves of the real "
+        f"images lie {_percent(floor)} apart, so differences of that size say little. Class "
+        "agreement is the share of samples the classifier puts into the class asked for; it names "
+        f"{100 * page.reference.accuracy:.1f} % of the real images rightly.</p>\n"
+        f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
+    )
+
+
+def _curves(trainings: Sequence[Training]) -> str:
+    return (
+        '<section id="curves">\n<h2>Training</h2>\n'
+        "<p>Over images seen. A bold line is the running mean, the faint one every report; the "
+        "loss axis is logarithmic where it spans more than two decades. Losses of different "
+        f"stages measure different things.</p>\n{''.join(_training(t) for t in trainings)}\n"
+        "</section>"
+    )
+
+
+def _training(t: Training) -> str:
+    m = t.model
+    facts = [
+        ("images seen", f"{m.images:,}"),
+        ("optimiser steps", f"{m.steps:,}"),
+        ("parameters", f"{m.parameters:,}"),
+        ("training time", duration(m.train_seconds)),
+        ("final loss", figure(m.final_loss, 4)),
+    ]
+    series = {key: _series(t.curve, key) for key in ("loss", "images_per_second", "N", "mu")}
+    for key, name in (("N", "grid points N"), ("mu", "target decay μ")):
+        if len({y for _, y in series[key]}) == 1:  # a flat line is a fact, not a chart
+            facts.append((name, f"{series.pop(key)[0][1]:.6g} throughout"))
+    names = {
+        "loss": "loss",
+        "images_per_second": "images per second",
+        "N": "grid points N(k)",
+        "mu": "target decay μ(k)",
+    }
+    drawn = [(key, points) for key, points in series.items() if points]
+    note = {key: "" if key == "images_per_second" else _log_note(p) for key, p in drawn}
+    width = 280 if len(drawn) == 3 else 420
+    charts = "".join(
+        f"<figure><figcaption>{names[key]}{note[key]}</figcaption>"
+        + svg.line_chart(
+            points,
+            label=names[key],
+            width=width,
+            steps=key in ("N", "mu"),
+            from_zero=key == "images_per_second",
+        )
+        + "</figure>"
+        for key, points in drawn
+    )
+    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
+    return (
+        f'<div class="training {_css(t.stage)}"><div class="facts"><h3>{escape(t.stage)}</h3>'
+        f'<dl>{listed}</dl></div><div class="charts n{len(drawn)}">{charts}</div></div>'
+    )
+
+
+def _lineage(page: Page) -> str:
+    said: dict[str, list[tuple[str, str]]] = {
+        "shard": [
+            ("pixels", page.shard.pixel_digest),
+            ("manifest", page.shard.manifest_sha256),
+            ("shards", f"{page.shard.num_shards}, {page.shard.bytes:,} bytes"),
+        ],
+        "register": [
+            ("model", page.registered.digest),
+            ("version", f"{page.registered.name} {page.registered.version}"),
+            ("decision", page.registered.decision),
+            ("experiment", page.experiment),
+        ],
+    }
+    for t in page.trainings:
+        said.setdefault(t.stage, []).append(("weights", t.model.weights_sha256))
+    rows = []
+    for stage in page.stages:
+        pairs = [("fingerprint", stage.fingerprint), *said.get(stage.name, [])]
+        listed = "".join(
+            f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" if k in ("decision", "experiment")
+            else f"<div><dt>{k}</dt><dd><code>{escape(v)}</code></dd></div>"
+            for k, v in pairs
+        )  # fmt: skip
+        rows.append(f'<tr><th scope="row">{escape(stage.name)}</th><td><dl>{listed}</dl></td></tr>')
+    return (
+        '<section id="lineage">\n<h2>Lineage</h2>\n'
+        "<p>Each fingerprint covers the stage's configuration and the fingerprints before it; the "
+        "digests are SHA-256 of what came out.</p>\n"
+        f'<table class="lineage"><tbody>{"".join(rows)}</tbody></table>\n</section>'
+    )
+
+
+def _recipe(page: Page) -> str:
+    return (
+        '<section id="recipe">\n<h2>Recipe</h2>\n'
+        "<p>Everything that decides what comes out, defaults filled in.</p>\n"
+        f"<details><summary>{escape(page.recipe_name)}, resolved</summary>"
+        f"<pre><code>{escape(page.recipe_yaml)}</code></pre></details>\n</section>"
+    )
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+
+def _stat(name: str, value: str, below: str, candidate: str) -> str:
+    return (
+        f'<div class="{_css(candidate)}"><dt>{escape(name)}</dt><dd>{value}</dd>'
+        f"<dd>{escape(below)}</dd></div>"
+    )
+
+
+def _percent(value: float) -> str:
+    return f"{figure(value)} %"
+
+
+def _detail(score: Score) -> str:
+    share = "" if score.agreement is None else f"{100 * score.agreement:.1f} % in the right class\n"
+    return f"{share}distance {figure(score.distance, 4)}"
+
+
+def _steps(score: Score) -> str:
+    if score.sampler == "heun":
+        return f"{score.evaluations} evaluations"
+    return f"{score.steps} step{'s' if score.steps > 1 else ''}"
+
+
+def _levels(score: Score) -> str:
+    if not 0 < len(score.sigmas) <= 3:
+        return f"{len(score.sigmas)} levels"
+    return ", ".join(f"{sigma:g}" for sigma in score.sigmas)
+
+
+def _by_class(score: Score, shard: ShardSet) -> str:
+    if score.agreement is None:
+        return ""
+    return f" The {shard.num_classes} classes take turns."
+
+
+def _softness(shard: ShardSet) -> tuple[str, str]:
+    """Class and caption: below 16 pixels, hard-edged squares hide the strokes from the eye."""
+    if shard.size >= 16:
+        return "", ""
+    return " soft", f" Each has {shard.size} × {shard.size} pixels, enlarged smoothly."
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _channels(channels: int) -> str:
+    return {1: "grey", 3: "colour"}[channels]
+
+
+def _css(stage: str) -> str:
+    return stage if stage in _TRAINED else "plain"
+
+
+def _series(curve: Sequence[Mapping[str, float]], key: str) -> Points:
+    return [(point["images"], point[key]) for point in curve if point.get(key) is not None]
+
+
+def _log_note(points: Points) -> str:
+    return " <span>log scale</span>" if svg.needs_log([y for _, y in points]) else ""
+
+
+def _images(tiles: Sequence[bytes]) -> str:
+    return "".join(f'<img alt="" src="{_data_uri(tile)}">' for tile in tiles)
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + b64encode(png).decode("ascii")
+
+
+def _no_password(uri: str) -> str:
+    """scheme://user:secret@host -> scheme://***@host: reports are passed around."""
+    return re.sub(r"//[^/@]*@", "//***@", uri)

@@ -1,0 +1,60 @@
+"""reference: shards -> the feature net trained on them, and the real images' statistics under it.
+
+A step of its own, so that no change to a training stage trains the yardstick anew.
+"""
+
+from infra import storage
+from pipelines.artifacts import Committed, ReferenceStats, ShardSet
+from pipelines.dag import StepContext
+from pipelines.recipe import ReferenceConfig
+
+METRIC = "fd_domain"  # Frechet distance under the domain's own classifier; never called FID
+
+
+def run(
+    ctx: StepContext, config: ReferenceConfig, shard: Committed[ShardSet]
+) -> ReferenceStats:
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    from consistency.features import accuracy, extract, train_feature_net
+    from consistency.frechet import GaussianStats, relative_frechet_percent
+    from pipelines import shard_data
+
+    torch.set_num_threads(1)
+    data = shard_data.load(storage.join(shard.url, "shards"), shard.value.manifest_sha256)
+    net = train_feature_net(
+        data.images,
+        data.labels,
+        shard.value.num_classes,
+        steps=config.steps,
+        batch=config.batch,
+        lr=config.lr,
+        seed=config.seed,
+    )
+    features = extract(net, data.images)
+    stats = GaussianStats.from_features(features)
+    # The order of shards is a seeded permutation, so even and odd rows are random halves.
+    order = np.random.default_rng(config.seed).permutation(len(features))
+    half = len(order) // 2
+    halves = relative_frechet_percent(
+        GaussianStats.from_features(features[order[:half]]),
+        GaussianStats.from_features(features[order[half:]]),
+    )
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, ctx.out / "features.safetensors")
+    save_file(
+        {
+            "n": torch.tensor(stats.n),
+            "mean": torch.from_numpy(stats.mean),
+            "m2": torch.from_numpy(stats.m2),
+        },
+        ctx.out / "stats.safetensors",
+    )
+    return ReferenceStats(
+        metric=METRIC,
+        count=stats.n,
+        accuracy=accuracy(net, data.images, data.labels),
+        total_variance=float(stats.covariance.trace()),
+        halves_percent=halves,
+    )

@@ -1,0 +1,150 @@
+"""Every packaged recipe, cluster and method loads, and every key in them is read by the code."""
+
+import ast
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+import consistency.config
+import pipelines.recipe
+from infra.errors import UserError
+from pipelines.config import load_cluster, load_recipe, names, resolved_yaml
+from pipelines.fingerprint import canonical
+from pipelines.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+# Fields that no code has to read, and why.
+READ_ELSEWHERE = {
+    "kind": "tells the members of a union apart while loading",
+    "method": "names the preset, which is merged before the class exists",
+}
+
+
+def load(name: str, *overrides: str) -> Recipe:
+    """A packaged recipe; those that want real data are told where it would be."""
+    needs_path = "path: null" in (ROOT / "configs" / "recipes" / f"{name}.yaml").read_text()
+    return load_recipe(name, [*(["data.path=folder"] if needs_path else []), *overrides])
+
+
+def test_the_packaged_names_are_the_documented_ones():
+    assert names("recipes") == ["cifar10", "cifar10-small", "fashion-mnist", "quickstart"]
+    assert names("clusters") == ["auto", "laptop", "one-gpu"]
+    assert names("methods") == ["cd", "ct-2023", "ect", "ect-1hour", "ict"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cluster"), itertools.product(names("recipes"), names("clusters"))
+)
+def test_every_recipe_loads_beside_every_cluster(recipe, cluster):
+    assert load(recipe).name == recipe
+    assert load_cluster(cluster).workers >= 1
+
+
+@pytest.mark.parametrize("recipe", names("recipes"))
+def test_every_recipe_survives_its_resolved_form(recipe, tmp_path):
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(resolved_yaml(load(recipe)))
+    assert load_recipe(str(resolved)) == load(recipe)
+
+
+@pytest.mark.parametrize("recipe", names("recipes"))
+def test_every_recipe_says_what_it_reaches(recipe):
+    header = list(
+        itertools.takewhile(
+            lambda line: line.startswith("#"),
+            (ROOT / "configs" / "recipes" / f"{recipe}.yaml").read_text().splitlines(),
+        )
+    )
+    wanted = "NOT RUN HERE" if recipe == "cifar10" else "# Reached:"
+    assert any(wanted in line for line in header)
+
+
+def test_a_recipe_that_wants_real_data_says_which_key_gives_it():
+    for recipe in set(names("recipes")) - {"quickstart"}:
+        with pytest.raises(
+            UserError, match=r"data\.path: source \w+ needs one \(data\.path=FOLDER"
+        ):
+            load_recipe(recipe)
+
+
+@pytest.mark.parametrize("method", names("methods"))
+@pytest.mark.parametrize("recipe", names("recipes"))
+def test_every_method_preset_serves_the_section_it_is_for(recipe, method):
+    distills = method == "cd"
+    section, other = ("distill", "isolate") if distills else ("isolate", "distill")
+    config = getattr(load(recipe, f"{section}.method={method}"), section)
+    assert config.method == method
+    assert (config.path == "noise") != distills
+    with pytest.raises(UserError, match=rf"override '{other}\.method={method}': {other}\.path: "):
+        load(recipe, f"{other}.method={method}")
+
+
+@pytest.mark.parametrize("method", names("methods"))
+def test_a_method_preset_says_every_part_of_its_method(method):
+    from pipelines.config import METHOD_PARTS
+
+    written = yaml.safe_load((ROOT / "configs" / "methods" / f"{method}.yaml").read_text())
+    assert set(written) >= METHOD_PARTS - {"huber_c"}
+    assert ("huber_c" in written) == (written["distance"] == "pseudo_huber")
+
+
+def test_quickstart_is_the_measured_recipe():
+    recipe = load("quickstart")
+    assert [stage.steps for stage in (recipe.teacher, recipe.distill, recipe.isolate)] == [
+        770,
+        370,
+        935,
+    ]
+    assert recipe.isolate.method == "ict"
+    assert not recipe.isolate.uses_teacher
+    assert recipe.distill.distance == "squared_l2"
+    assert recipe.teacher.ema[0].name == "constant-0.998"
+
+
+@pytest.mark.parametrize("recipe", names("recipes"))
+def test_a_recipe_has_a_canonical_form_with_no_int_where_a_float_is_declared(recipe):
+    """1 and 1.0 load to one value but would be two fingerprints."""
+
+    def check(value: object) -> None:
+        if isinstance(value, tuple):
+            for item in value:
+                check(item)
+        elif dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                item = getattr(value, field.name)
+                if field.type in (float, float | None):
+                    assert type(item) is float or item is None, f"{type(value)}.{field.name}"
+                check(item)
+
+    canonical(load(recipe))
+    check(load(recipe))
+
+
+def fields_of(module: object) -> set[tuple[str, str]]:
+    classes = [c for c in vars(module).values() if isinstance(c, type)]
+    return {
+        (c.__name__, field.name)
+        for c in classes
+        if dataclasses.is_dataclass(c) and c.__module__ == module.__name__
+        for field in dataclasses.fields(c)
+    }
+
+
+@pytest.mark.parametrize("module", [consistency.config, pipelines.recipe], ids=lambda m: m.__name__)
+def test_every_config_field_is_read_somewhere(module):
+    """A key that nothing reads is a lie in every recipe that sets it."""
+    read: set[str] = set()
+    for package in ("consistency", "pipelines", "infra"):
+        for path in (ROOT / package).rglob("*.py"):
+            if path.resolve() != Path(module.__file__).resolve():
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    unread = {
+        f"{owner}.{name}"
+        for owner, name in fields_of(module)
+        if name not in read and name not in READ_ELSEWHERE
+    }
+    assert unread == set()

@@ -1,0 +1,532 @@
+"""The report page: escaped, self-contained, complete; and the step that builds it."""
+
+import dataclasses
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines import html, svg
+from pipelines.artifacts import (
+    Committed,
+    Evaluation,
+    ReferenceStats,
+    RegisteredModel,
+    Score,
+    ShardSet,
+    TrainedModel,
+)
+from pipelines.dag import StepContext, StepHistory
+from pipelines.png import encode_png, grid
+from pipelines.recipe import Cluster
+from pipelines.steps import report
+
+HOSTILE = "<script>alert('x')</script>\"&--><img src=http://evil.example/a.png onerror=x>"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Outline(HTMLParser):
+    """Every tag closed in order; all attributes and all text kept."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(document)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+
+    def sources(self) -> list[str]:
+        names = ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
+        return [value or "" for _, attrs in self.tags for k, value in attrs.items() if k in names]
+
+
+def score(candidate: str, steps: int, distance: float, **changes: Any) -> Score:
+    heun = candidate == "teacher"
+    values: dict[str, Any] = {
+        "candidate": candidate,
+        "sampler": "heun" if heun else "multistep",
+        "steps": steps,
+        "evaluations": 2 * steps - 1 if heun else steps,
+        "samples": 1234 if heun else 2345,
+        "distance": distance,
+        "percent": 100 * distance / 9.873,
+        "agreement": 0.962 if heun else 0.974,
+        "grid": f"{candidate}-{steps}.png",
+        "sigmas": (80.0, 0.821)[:steps] if steps < 3 else tuple(np.geomspace(80, 0.002, steps)),
+    }
+    return Score(**(values | changes))
+
+
+SCORES = (
+    score("teacher", 18, 0.01723),
+    score("distill", 1, 0.05319),
+    score("distill", 2, 0.03627),
+    score("isolate", 1, 0.04131),
+    score("isolate", 2, 0.03528),
+)
+SHARD = ShardSet(
+    count=1797,
+    size=8,
+    channels=1,
+    class_names=tuple("0123456789"),
+    num_shards=4,
+    bytes=231_424,
+    pixel_digest="aa" * 32,
+    manifest_sha256="bb" * 32,
+)
+REFERENCE = ReferenceStats(
+    metric="digits-frechet", count=1797, accuracy=0.9911, total_variance=9.873, halves_percent=0.31
+)
+REGISTERED = RegisteredModel(
+    name="quickstart-digits",
+    version=7,
+    alias="champion",
+    candidate="isolate",
+    digest="cc" * 32,
+    percent=SCORES[3].percent,
+    decision="0.42 % at one step, distill had 0.54 %",
+)
+
+
+def trained(stage: str) -> TrainedModel:
+    return TrainedModel(
+        kind="denoiser" if stage == "teacher" else "consistency",
+        images=49_280,
+        steps=770,
+        parameters=752_641,
+        final_loss=0.1187,
+        train_seconds=61.6,
+        weights_sha256=(stage[0] * 64),
+    )
+
+
+def curve(stage: str, points: int = 300) -> list[dict[str, float]]:
+    rows = []
+    for i in range(1, points + 1):
+        row = {
+            "images": 64 * i,
+            "loss": 2.0 * 0.98**i + 1e-3,
+            "images_per_second": 780.0 + i % 7,
+            "lr": 1e-3,
+        }
+        if stage == "isolate":
+            row["N"] = 10.0 * 2 ** (5 * i // points) + 1
+        if stage == "distill":
+            row |= {"N": 18.0, "mu": 0.9 + 0.05 * i / points}
+        rows.append(row)
+    return rows
+
+
+def pixels(seed: int, n: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 8, 8, 1), np.uint8)
+
+
+def page(**changes: Any) -> html.Page:
+    done = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
+    needs = {
+        "reference": ("shard",),
+        "teacher": ("shard",),
+        "distill": ("teacher",),
+        "isolate": ("teacher",),
+        "evaluate": ("reference", "distill", "isolate"),
+        "register": ("evaluate",),
+    }
+    stages = tuple(
+        svg.Stage(
+            name=name,
+            lane={"reference": -1, "isolate": 1}.get(name, 0),
+            inputs=needs.get(name, ()),
+            dashed=("teacher",) if name == "isolate" else (),
+            state="cached" if i < 3 else "ran",
+            seconds=10.0 + i,
+            fingerprint=f"{i}" * 64,
+        )
+        for i, name in enumerate(done)
+    )
+    values: dict[str, Any] = {
+        "recipe_name": "quickstart",
+        "recipe_yaml": "name: quickstart\nseed: 0\n",
+        "tracking_uri": "sqlite:////tmp/ws/mlflow.db",
+        "experiment": "quickstart",
+        "stages": stages,
+        "shard": SHARD,
+        "reference": REFERENCE,
+        "trainings": tuple(
+            html.Training(stage=s, model=trained(s), curve=curve(s))
+            for s in ("teacher", "distill", "isolate")
+        ),
+        "evaluation": Evaluation(metric=REFERENCE.metric, floor_percent=0.31, scores=SCORES),
+        "registered": REGISTERED,
+        "samples": {
+            html.sample_key(s): [encode_png(image) for image in pixels(i)]
+            for i, s in enumerate(SCORES)
+        },
+        "grids": {s.grid: encode_png(grid(pixels(0), 10, 1, 5)) for s in SCORES},
+    }
+    return html.Page(**(values | changes))
+
+
+def test_the_page_is_well_formed_and_asks_nothing_of_any_network() -> None:
+    document = html.render(page())
+    outline = Outline(document)
+    assert all(source.startswith("data:") for source in outline.sources())
+    assert len(outline.sources()) > 40 + 50
+    assert "http://" not in document
+    assert "https://" not in document
+    assert "@import" not in document
+    assert "url(" not in document
+    assert not {"script", "iframe", "object", "form"} & {tag for tag, _ in outline.tags}
+    policy = next(a for t, a in outline.tags if t == "meta" and "http-equiv" in a)
+    assert (policy["content"] or "").startswith("default-src 'none'")
+    assert len(document.encode()) < 2_000_000
+    assert document == html.render(page())
+
+
+def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
+    plain = Outline(html.render(page()))
+    bad = page(
+        recipe_name=HOSTILE,
+        recipe_yaml=f"name: {HOSTILE}\n",
+        tracking_uri=f"sqlite:///{HOSTILE}",
+        experiment=HOSTILE,
+        shard=dataclasses.replace(SHARD, class_names=(HOSTILE,) * 10, pixel_digest=HOSTILE),
+        registered=dataclasses.replace(REGISTERED, name=HOSTILE, alias=HOSTILE, decision=HOSTILE),
+        evaluation=Evaluation(metric=HOSTILE, floor_percent=0.31, scores=SCORES),
+    )
+    outline = Outline(html.render(bad))
+    assert [tag for tag, _ in outline.tags] == [tag for tag, _ in plain.tags]
+    assert all(source.startswith("data:") for source in outline.sources())
+    assert not any(name.startswith("on") for _, attrs in outline.tags for name in attrs)
+    assert "".join(outline.text).count(HOSTILE) >= 15
+
+
+def test_a_hostile_candidate_name_reaches_no_tag() -> None:
+    scores = tuple(
+        dataclasses.replace(s, candidate=HOSTILE) if s.candidate == "isolate" else s for s in SCORES
+    )
+    samples = {html.sample_key(s): [encode_png(pixels(0)[0])] * 40 for s in scores}
+    bad = page(
+        evaluation=Evaluation(metric="m", floor_percent=0.31, scores=scores),
+        registered=dataclasses.replace(REGISTERED, candidate=HOSTILE),
+        samples=samples,
+    )
+    outline = Outline(html.render(bad))
+    plain = Outline(html.render(page()))
+    assert [tag for tag, _ in outline.tags] == [tag for tag, _ in plain.tags]
+
+
+def test_every_number_of_the_metric_table_is_on_the_page() -> None:
+    document = html.render(page())
+    table = document[document.index('<table class="metrics">') :]
+    rows = re.findall(r"<tr.*?</tr>", table[: table.index("</table>")])[1:]
+    assert len(rows) == len(SCORES) + 1
+    for s, row in zip(SCORES, rows, strict=False):
+        cells = [re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[dh].*?</t[dh]>", row)]
+        assert cells[0].startswith(s.candidate)
+        assert ("registered" in cells[0]) == (s.candidate == "isolate")
+        assert cells[1] == str(s.steps)
+        assert float(cells[2].removesuffix(" %")) == pytest.approx(s.percent, rel=5e-3)
+        assert float(cells[3]) == pytest.approx(s.distance, rel=5e-4)
+        assert s.agreement is not None
+        assert float(cells[4].removesuffix(" %")) == pytest.approx(100 * s.agreement, abs=0.05)
+        assert cells[5] == str(s.evaluations)
+        assert cells[6] == f"{s.samples:,}"
+        assert cells[7] == s.sampler
+        assert cells[8] == {1: "80", 2: "80, 0.821", 18: "18 levels"}[s.steps]
+    assert "two halves of the real images" in rows[-1]
+    assert "0.310 %" in rows[-1]
+    assert "it is not FID" in document
+
+
+def test_changed_figures_change_the_page_and_the_old_ones_are_gone() -> None:
+    scores = tuple(dataclasses.replace(s, distance=4.567, percent=46.25) for s in SCORES)
+    document = html.render(
+        page(evaluation=Evaluation(metric="other", floor_percent=1.25, scores=scores))
+    )
+    for s in SCORES:
+        assert svg.figure(s.distance, 4) not in document
+        assert f"{svg.figure(s.percent)} %" not in document
+    assert document.count("46.2 %") >= 5
+    assert "digits-frechet" not in document
+
+
+def test_lineage_names_every_fingerprint_and_digest_in_full() -> None:
+    p = page()
+    text = "".join(Outline(html.render(p)).text)
+    for stage in p.stages:
+        assert stage.fingerprint in text
+    for digest in (SHARD.pixel_digest, SHARD.manifest_sha256, REGISTERED.digest):
+        assert digest in text
+    for t in p.trainings:
+        assert t.model.weights_sha256 in text
+
+
+def test_the_load_line_uses_the_alias_or_else_the_version() -> None:
+    text = "".join(Outline(html.render(page())).text)
+    assert 'mlflow.pyfunc.load_model("models:/quickstart-digits@champion")' in text
+    assert "export MLFLOW_TRACKING_URI=sqlite:////tmp/ws/mlflow.db" in text
+    held = page(registered=dataclasses.replace(REGISTERED, alias=None))
+    text = "".join(Outline(html.render(held)).text)
+    assert 'load_model("models:/quickstart-digits/7")' in text
+    assert "@champion" not in text
+
+
+def test_paths_with_spaces_are_quoted_and_passwords_left_out() -> None:
+    text = "".join(Outline(html.render(page(tracking_uri="sqlite:////a b/m.db"))).text)
+    assert "MLFLOW_TRACKING_URI='sqlite:////a b/m.db'" in text
+    text = "".join(Outline(html.render(page(tracking_uri="http://ada:s3cret@host:5000"))).text)
+    assert "s3cret" not in text
+    assert "host:5000" in text
+
+
+def test_without_classes_no_class_is_spoken_of() -> None:
+    scores = tuple(dataclasses.replace(s, agreement=None) for s in SCORES)
+    document = html.render(
+        page(evaluation=Evaluation(metric="m", floor_percent=0.31, scores=scores))
+    )
+    assert "take turns" not in document
+    assert 'class="row head"' not in document
+    assert "in the right class" not in document
+
+
+def test_schedules_are_charts_when_they_move_and_facts_when_they_do_not() -> None:
+    text = Outline(html.render(page())).text
+    captions = [t for t in text if t in ("grid points N(k)", "target decay μ(k)")]
+    assert captions == ["target decay μ(k)", "grid points N(k)"]  # distill's mu, isolate's N
+    assert "18 throughout" in text
+    assert "log scale" in text
+
+
+# --- drawings ------------------------------------------------------------------------------------
+
+
+def boxes(drawing: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r"translate\(([\d.]+),([\d.]+)\)", drawing)]
+
+
+@pytest.mark.parametrize("vertical", [False, True])
+def test_dag_boxes_do_not_touch_and_lie_inside_the_drawing(vertical: bool) -> None:
+    drawing = svg.dag(page().stages, vertical=vertical)
+    places = boxes(drawing)
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
+    assert box is not None
+    width, height = float(box[1]), float(box[2])
+    assert len(places) == 7
+    for i, (x, y) in enumerate(places):
+        assert 0 <= x <= width - 140
+        assert 0 <= y <= height - 72
+        for u, v in places[:i]:
+            assert abs(x - u) > 140 or abs(y - v) > 72
+    flow = [y if vertical else x for x, y in places]
+    names = [s.name for s in page().stages]
+    for s in page().stages:  # every edge points forward
+        for name in s.inputs:
+            assert flow[names.index(name)] < flow[names.index(s.name)]
+
+
+def test_only_the_edge_that_lends_weights_is_dashed() -> None:
+    assert svg.dag(page().stages).count('class="edge dashed"') == 1
+    assert svg.dag(page().stages).count('class="edge') == 8
+    plain = tuple(dataclasses.replace(s, dashed=()) for s in page().stages)
+    assert "dashed" not in svg.dag(plain)
+
+
+def drawn(chart: str) -> list[tuple[float, float]]:
+    points = re.findall(r'class="line" points="(.*?)"', chart)[-1].split()
+    return [(float(x), float(y)) for x, y in (p.split(",") for p in points)]
+
+
+finite = st.floats(-1e8, 1e8, allow_nan=False)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ys=st.lists(finite, min_size=1, max_size=30), from_zero=st.booleans(), steps=st.booleans())
+def test_any_series_stays_inside_its_chart(ys: list[float], from_zero: bool, steps: bool) -> None:
+    points = [(64.0 * i, y) for i, y in enumerate(ys)]
+    chart = svg.line_chart(points, label="y", from_zero=from_zero, steps=steps)
+    for x, y in drawn(chart):
+        assert 43.9 <= x <= 410.1
+        assert 9.9 <= y <= 164.1
+
+
+def test_a_line_in_log_space_is_drawn_straight_and_a_narrow_one_is_linear() -> None:
+    wide = drawn(svg.line_chart([(x, 10.0 ** (-x)) for x in range(5)], label="loss"))
+    falls = [b[1] - a[1] for a, b in zip(wide, wide[1:], strict=False)]
+    assert max(falls) - min(falls) < 0.3
+    narrow = drawn(svg.line_chart([(x, 1.0 + x) for x in range(5)], label="loss"))
+    falls = [b[1] - a[1] for a, b in zip(narrow, narrow[1:], strict=False)]
+    assert max(falls) - min(falls) < 0.3
+    assert svg.needs_log([1, 101])
+    assert not svg.needs_log([1, 99])
+    assert not svg.needs_log([0, 1000])
+
+
+def test_a_schedule_is_drawn_in_steps() -> None:
+    line = drawn(svg.line_chart([(0, 11), (100, 11), (200, 21)], label="N", steps=True))
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in zip(line, line[1:], strict=False))
+
+
+def test_points_that_are_not_finite_are_left_out_and_none_is_no_crash() -> None:
+    chart = svg.line_chart([(0, 1.0), (1, float("nan")), (2, float("inf")), (3, 2.0)], label="l")
+    assert "nan" not in chart
+    assert "inf" not in chart.replace("infinite", "")
+    assert len(drawn(chart)) == 2
+    assert "no points" in svg.line_chart([], label="l")
+
+
+def test_a_long_series_is_thinned_but_keeps_its_end() -> None:
+    points = [(float(i), 1.0 + 1 / (i + 1)) for i in range(200_000)]
+    chart = svg.line_chart(points, label="loss")
+    assert len(chart) < 60_000
+    assert drawn(chart)[-1][0] == pytest.approx(410, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.31, "0.310"),
+        (12.54, "12.5"),
+        (276.4, "276"),
+        (99.96, "100"),
+        (1204, "1,204"),
+        (0, "0.00"),
+    ],
+)
+def test_figures_have_three_digits_and_no_exponent(value: float, text: str) -> None:
+    assert svg.figure(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.24, "8.2 s"), (59.96, "1 min 00 s"), (119.7, "2 min 00 s"), (11_100, "3 h 05 min")],
+)
+def test_durations_read_naturally(seconds: float, text: str) -> None:
+    assert svg.duration(seconds) == text
+
+
+# --- the step ------------------------------------------------------------------------------------
+
+
+class LocalContext(StepContext):
+    """Inputs are plain folders here, without commit records."""
+
+    def fetch(self, committed: Committed[Any], name: str) -> Path:
+        return Path(committed.url) / name
+
+
+def finished(tmp_path: Path) -> dict[str, Committed[Any]]:
+    def done(step: str, value: object) -> Committed[Any]:
+        folder = tmp_path / step
+        folder.mkdir()
+        return Committed(
+            step=step, fingerprint=step[0] * 64, url=str(folder), seconds=12.5, value=value
+        )
+
+    inputs = {
+        "shard": done("shard", SHARD),
+        "reference": done("reference", REFERENCE),
+        "teacher": done("teacher", trained("teacher")),
+        "distill": done("distill", trained("distill")),
+        "isolate": done("isolate", trained("isolate")),
+        "evaluate": done("evaluate", page().evaluation),
+        "register": done("register", REGISTERED),
+    }
+    for stage in ("teacher", "distill", "isolate"):
+        lines = "".join(json.dumps(row) + "\n" for row in curve(stage))
+        (tmp_path / stage / "curve.jsonl").write_text(lines)
+    stacks = {html.sample_key(s): pixels(i) for i, s in enumerate(SCORES)}
+    np.savez(tmp_path / "evaluate" / "samples.npz", **stacks)
+    for s in SCORES:
+        sheet = encode_png(grid(stacks[html.sample_key(s)], 10, 1, 5))
+        (tmp_path / "evaluate" / s.grid).write_bytes(sheet)
+    return inputs
+
+
+def context(tmp_path: Path) -> LocalContext:
+    out = tmp_path / "out"
+    out.mkdir()
+    states = {"shard": "cached", "reference": "cached", "teacher": "cached"}
+    steps = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
+    return LocalContext(
+        step="report",
+        fingerprint="f" * 64,
+        out=out,
+        work=str(tmp_path / "work"),
+        workspace=str(tmp_path),
+        tracking_uri="sqlite:////tmp/ws/mlflow.db",
+        experiment="quickstart",
+        cluster=Cluster(),
+        history=tuple(StepHistory(s, states.get(s, "ran"), 12.5, s[0] * 64) for s in steps),
+    )
+
+
+def config(**changes: Any) -> report.ReportConfig:
+    values: dict[str, Any] = {
+        "recipe_name": "quickstart",
+        "recipe_yaml": "name: quickstart\n",
+        "isolate_uses_teacher": False,
+    }
+    return report.ReportConfig(**(values | changes))
+
+
+def test_the_step_writes_one_page_whose_images_are_the_samples(tmp_path: Path) -> None:
+    ctx = context(tmp_path)
+    result = report.run(ctx, config(), **finished(tmp_path))
+    assert [path.name for path in ctx.out.iterdir()] == [result.file] == ["report.html"]
+    document = (ctx.out / result.file).read_bytes()
+    assert result.bytes == len(document) < 2_000_000
+    outline = Outline(document.decode())
+    assert "dashed" not in svg_of(document.decode())
+    import base64
+
+    images = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
+        for source in outline.sources()
+        if source.startswith("data:image/png")
+    ]
+    np.testing.assert_array_equal(images[:40], pixels(3)[..., 0])  # isolate-1 is the headline
+    sheet = np.array(images[40:90]).reshape(5, 10, 8, 8)
+    for row in range(5):
+        np.testing.assert_array_equal(sheet[row], pixels(row)[:10, ..., 0])
+    text = "".join(outline.text)
+    assert text.count("cached") >= 2 * 3  # both layouts of the drawing
+    assert "4 of 7 stages ran, 50.0 s of work" in text
+
+
+def test_isolate_from_the_teachers_weights_hangs_on_the_teacher_by_a_dashed_edge(
+    tmp_path: Path,
+) -> None:
+    ctx = context(tmp_path)
+    report.run(ctx, config(isolate_uses_teacher=True), **finished(tmp_path))
+    drawing = svg_of((ctx.out / "report.html").read_text())
+    assert drawing.count("edge dashed") == 2  # wide and tall
+
+
+def svg_of(document: str) -> str:
+    return "".join(re.findall(r'<svg class="dag.*?</svg>', document, re.DOTALL))
