@@ -29,11 +29,12 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     if c < 0:
         raise ValueError(f"pseudo-Huber needs c >= 0, got {c}")
     squares = _difference(a, b).square().sum(1)
-    # The root's slope at 0 is infinite, and 0 * inf in backward is nan: root only what is positive.
-    positive = squares + c**2 > 0
-    root = torch.where(positive, squares + c**2, 1.0).sqrt()
+    # The root's slope at 0 is infinite, and 0 * inf in backward is nan: the root skips zeros. (And
+    # zeros alone: a comparison that is false for nan would turn a broken loss into a perfect one.)
+    zero = squares + c**2 == 0
+    root = torch.where(zero, 1.0, squares + c**2).sqrt()
     # = root - c without its cancellation for residuals far below c.
-    return torch.where(positive, squares / (root + c), 0.0)
+    return torch.where(zero, 0.0, squares / (root + c))
 
 
 def huber_c(shape: Sequence[int]) -> float:

@@ -10,28 +10,16 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
-import ray.train
-import ray.train.torch
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 
-from infra import storage
+from infra import ray_environment, storage
 from infra.errors import UserError, WorkerLost
 
-# Read where `fit` is called, hence set for every task of ours. Measured reasons:
-# reports wait for a poll (2 s by default); a worker group waits for others' CPUs before it starts;
-# printing twice, changing directory and a preemption watcher help nobody here.
-_TASK_ENV = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
+if TYPE_CHECKING:
+    import torch
 
 
 class RayExecutor:
@@ -39,26 +27,20 @@ class RayExecutor:
 
     def __init__(self, address: str) -> None:
         """Raises UserError when no cluster answers at `address`."""
-        self.owned = address == "local"
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self.owned:
-            # A token of our own for this run, never written to disk; and loopback only.
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        if address == "local":
             # The dashboard is not for looking: Train frees leaked resources through its API.
-            settings |= {"include_dashboard": True, "_node_ip_address": "127.0.0.1"}
-        environment = {"env_vars": _TASK_ENV}
+            settings["include_dashboard"] = True
         try:
-            ray.init(address=address, runtime_env=environment, **settings)
+            ray.init(address=address, **settings)
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"no Ray cluster at address {address!r} ({error}); start one, set RAY_ADDRESS, "
                 f"or use --cluster laptop"
             ) from error
         # Steps call Ray Train, which asks the State API of *this* cluster.
-        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-        self._tasks: dict[Any, str] = {}
+        gcs = ray.get_runtime_context().gcs_address
+        self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": gcs}
 
     def capacity(self) -> float:
         return float(ray.cluster_resources().get("CPU", 0))
@@ -68,9 +50,7 @@ class RayExecutor:
             num_cpus=cpus,
             max_retries=0,
             name=name,
-            runtime_env={
-                "env_vars": {**_TASK_ENV, "RAY_ADDRESS": os.environ["RAY_ADDRESS"]},
-            },
+            runtime_env={"env_vars": self.environment},
         )
         return task.remote(*args)
 
@@ -118,9 +98,11 @@ def train_workers(
     The same `storage_url` and `name` continue an interrupted run: workers then find its last
     checkpoint through `TrainWorker.latest_checkpoint`.
     """
+    import ray.train
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    os.environ.update(_TASK_ENV)
+    os.environ.update(ray_environment.TASKS)
     per_worker: dict[str, float] = {"CPU": cpus_per_worker}
     if gpus_per_worker > 0:
         per_worker["GPU"] = gpus_per_worker
@@ -165,6 +147,8 @@ class TrainWorker:
     """This training worker, as Ray Train sees it."""
 
     def __init__(self) -> None:
+        import ray.train.torch
+
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
@@ -173,7 +157,9 @@ class TrainWorker:
     @contextmanager
     def latest_checkpoint(self) -> Iterator[Path | None]:
         """A local copy of the last committed checkpoint, or None at a fresh start."""
-        checkpoint = ray.train.get_checkpoint()
+        from ray import train
+
+        checkpoint = train.get_checkpoint()
         if checkpoint is None:
             yield None
             return
@@ -185,6 +171,8 @@ class TrainWorker:
 
         The name is unique: a directory left by a crash must never mix with a new one.
         """
-        checkpoint = None if folder is None else Checkpoint.from_directory(str(folder))
+        from ray import train
+
+        checkpoint = None if folder is None else train.Checkpoint.from_directory(str(folder))
         name = f"images-{images:012d}-{secrets.token_hex(3)}"
-        ray.train.report({"images": images}, checkpoint=checkpoint, checkpoint_dir_name=name)
+        train.report({"images": images}, checkpoint=checkpoint, checkpoint_dir_name=name)

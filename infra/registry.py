@@ -6,13 +6,16 @@ imported inside functions only (seconds).
 """
 
 import math
+import sqlite3
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
-from infra import tracking
+from infra import storage, tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -104,6 +107,9 @@ def register_model(
     Call it from one process per registry: setting an alias is not compare-and-swap.
     """
     client = tracking.connect(uri)
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)  # a sql registry looks `models:/` up there, not at its own (3.17)
     experiment_id = tracking.experiment_id(client, uri, experiment, artifact_root)
     standing = {DISTANCE_TAG: repr(distance), EVAL_TAG: eval_digest}
     every_tag = {**tags, DIGEST_TAG: digest, **standing}
@@ -131,9 +137,31 @@ def register_model(
 
 def verify_registered(uri: str, name: str, version: int, digest: str) -> bool:
     """Is that version still in the registry, of that digest, with its files?"""
+    database = tracking.sqlite_path(uri)
+    if database is not None:
+        return _verify_in_sqlite(database, name, version, digest)
     client = tracking.connect(uri)
     found = _versions(client, name, digest)
     return any(int(v.version) == version and _has_files(client, v) for v in found)
+
+
+def _verify_in_sqlite(database: Path, name: str, version: int, digest: str) -> bool:
+    """The same question in milliseconds: importing mlflow takes longer than a cached run may."""
+    if not database.exists():
+        return False
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as rows:
+            found = rows.execute(
+                "SELECT m.artifact_location FROM model_versions v"
+                " JOIN model_version_tags t ON t.name = v.name AND t.version = v.version"
+                " JOIN logged_models m ON v.source = 'models:/' || m.model_id"
+                " WHERE v.name = ? AND v.version = ? AND t.key = ? AND t.value = ?"
+                " AND v.current_stage != 'Deleted_Internal' AND m.lifecycle_stage = 'active'",
+                (name, version, DIGEST_TAG, digest),
+            ).fetchone()
+    except sqlite3.Error:  # no such table: never prepared, or not by this MLflow
+        return False
+    return found is not None and storage.exists(storage.join(found[0], "MLmodel"))
 
 
 def _versions(client: "MlflowClient", name: str, digest: str) -> list["ModelVersion"]:

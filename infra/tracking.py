@@ -1,7 +1,7 @@
 """MLflow runs, and metrics out of training. The model registry is in `infra.registry`.
 
 These two files alone import mlflow, and only inside functions: the import takes seconds. Every
-call names its server (`MlflowClient(uri)`), so nothing sets or reads a global tracking URI.
+call names its server (`MlflowClient(uri)`); the global URI is set only where MLflow leaves no way.
 """
 
 import fcntl
@@ -14,8 +14,8 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -65,20 +65,43 @@ def prepare(uri: str, experiment: str, artifact_root: str | None) -> None:
 
     Raises UserError when the server cannot be reached, opened or understood.
     """
-    shown = re.sub(r"//[^/@]*@", "//", uri)  # without a password
-    mend = "mend cluster.tracking_uri or MLFLOW_TRACKING_URI"
+    with _user_errors(uri):
+        experiment_id(connect(uri), uri, experiment, artifact_root)
+
+
+def probe(uri: str) -> None:
+    """Ask the server for something: a green /health does not mean that clients may talk to it.
+
+    A sqlite file that is not there yet is no error, and is not made. Raises UserError.
+    """
+    database = sqlite_path(uri)
+    if database is None or database.exists():
+        with _user_errors(uri):
+            connect(uri).search_experiments(max_results=1)
+
+
+def without_secrets(uri: str) -> str:
+    """`uri` without user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@contextmanager
+def _user_errors(uri: str) -> Iterator[None]:
+    """What a tracking server can do wrong, as one line."""
     try:
-        client = connect(uri)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
         from mlflow.exceptions import MlflowException
-    except ImportError as error:
-        raise UserError(f"tracking server {shown}: {error}; install it, or {mend}") from error
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"tracking server {shown}: {error}; {mend}") from error
-    try:
-        experiment_id(client, uri, experiment, artifact_root)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"tracking server {shown}: {reason}; {mend}") from error
+
+        if not isinstance(error, ImportError | OSError | sqlite3.Error | MlflowException):
+            raise
+        reason = without_secrets(str(error).splitlines()[0])
+        raise UserError(
+            f"tracking server {without_secrets(uri)}: {reason}; "
+            "mend cluster.tracking_uri or MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -89,13 +112,14 @@ def connect(uri: str) -> "MlflowClient":
 
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    database = _sqlite_path(uri)
+    database = sqlite_path(uri)
     if database is not None:
         _ensure_database(database)
     return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _sqlite_path(uri: str) -> Path | None:
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a sqlite URI."""
     return Path(unquote(uri.removeprefix(_SQLITE))) if uri.startswith(_SQLITE) else None
 
 
@@ -133,7 +157,7 @@ def _create_database(path: Path) -> None:
 def experiment_id(client: "MlflowClient", uri: str, name: str, artifact_root: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    location = artifact_root if _sqlite_path(uri) is not None else None  # a server has its own
+    location = artifact_root if sqlite_path(uri) is not None else None  # a server has its own
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
@@ -202,6 +226,19 @@ def log_artifacts(uri: str, run_id: str, paths: Sequence[Path]) -> None:
             client.log_artifacts(run_id, str(path), artifact_path=path.name)
         else:
             client.log_artifact(run_id, str(path))
+
+
+def predict(uri: str, model: str, num_samples: int, params: Mapping[str, Any]) -> Any:
+    """What the registered model `models:/NAME@ALIAS` (or /VERSION) draws. Raises UserError."""
+    with _user_errors(uri):
+        connect(uri)
+        import mlflow
+        import pandas as pd  # type: ignore[import-untyped]
+
+        mlflow.set_tracking_uri(uri)  # load_model has no argument for it
+        mlflow.set_registry_uri(uri)
+        loaded = mlflow.pyfunc.load_model(model)
+        return loaded.predict(pd.DataFrame({"num_samples": [num_samples]}), params=dict(params))
 
 
 class MetricWriter:

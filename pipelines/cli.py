@@ -271,6 +271,9 @@ def _tracking_uri(cluster: Any) -> str:
 
 def _ray(address: str) -> Any:
     """Only now does Ray start."""
+    from infra import ray_environment
+
+    ray_environment.prepare(address)
     from infra.cluster import RayExecutor
 
     return RayExecutor(address)

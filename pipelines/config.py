@@ -74,7 +74,8 @@ def names(folder: Folder) -> list[str]:
 
 def resolved_yaml(value: Recipe | Cluster) -> str:
     """Every key with its final value; loading the text gives an equal value."""
-    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True, width=100)
+    # ASCII: PyYAML writes some line breaks of Unicode (U+0085) so that they are read as spaces.
+    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=False, width=100)
 
 
 def _plain(value: object) -> object:
@@ -118,7 +119,7 @@ def _read_file(
     if len(raw) > MAX_BYTES:
         raise UserError(f"{source}: larger than {MAX_BYTES:,} bytes, not a {kind}")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{source}:{line}:1: not UTF-8 text; save the file as UTF-8") from None

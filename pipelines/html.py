@@ -112,30 +112,34 @@ def _headline(page: Page) -> str:
     stats.append(_stat("real images, floor", floor, "two halves of the data", ""))
     tiles = page.samples[sample_key(one)]
     soft, smoothed = _softness(shard)
+    turns = "" if one.agreement is None else f" The {shard.num_classes} classes take turns."
+    told, ink = f"{len(tiles)} samples", "grey" if shard.channels == 1 else "colour"
     return (
         '<header>\n<p class="over">cmforge report '
         f"<span>recipe {escape(page.recipe_name)}</span></p>\n"
         f'<h1>{escape(r.name)} <small>version {r.version}</small> {alias}</h1>\n<p class="lede">'
-        f"A generator of {shard.size} × {shard.size} {_channels(shard.channels)} images, one "
+        f"A generator of {shard.size} × {shard.size} {ink} images, one "
         f"network call each, learned from {shard.count:,} real ones. The registered candidate is "
         f'<strong class="{_css(r.candidate)}">{escape(r.candidate)}</strong>: '
-        f'{escape(_sentence(r.decision))}</p>\n<dl class="stats">{"".join(stats)}</dl>\n'
-        f'<figure class="hero{soft}"><div class="tiles" role="img" aria-label="{len(tiles)} samples">'
+        f'{escape(r.decision.rstrip("."))}.</p>\n<dl class="stats">{"".join(stats)}</dl>\n'
+        f'<figure class="hero{soft}"><div class="tiles" role="img" aria-label="{told}">'
         f"{_images(tiles)}</div>\n<figcaption>The first {len(tiles)} samples of the registered "
         "model in one step, none picked, none left out."
-        f"{_by_class(one, shard)}{smoothed}</figcaption></figure>\n</header>"
+        f"{turns}{smoothed}</figcaption></figure>\n</header>"
     )
 
 
 def _use(page: Page) -> str:
-    uri, r = model_uri(page.registered), page.registered
+    uri, r, shard = model_uri(page.registered), page.registered, page.shard
     export = f"export MLFLOW_TRACKING_URI={shlex.quote(_no_password(page.tracking_uri))}"
     python = (
         "import mlflow\n\n"
         f'model = mlflow.pyfunc.load_model("{uri}")\n'
-        'images = model.predict({"num_samples": [16], "steps": [1], "seed": [0]})'
+        'asked = {"steps": 1, "seed": 0, "output": "uint8"}\n'
+        'images = model.predict({"num_samples": [40]}, params=asked)'
+        f"  # [40, {shard.size}, {shard.size}, {shard.channels}]"
     )
-    shell = f"cmforge sample {shlex.quote(uri)}"
+    shell = f"cmforge sample {shlex.quote(uri)} \\\n    --num 40 --steps 1 --out samples.png"
     return (
         '<section id="use">\n<h2>Use it</h2>\n'
         f"<p>{escape(r.name)} loads wherever mlflow and torch are installed.</p>\n"
@@ -199,7 +203,8 @@ def _sheet(page: Page) -> str:
         '<section id="samples">\n<h2>The same noise, down each column</h2>\n'
         "<p>Every column starts from one noise image. Where a candidate has learned the teacher's "
         "own map, it paints the teacher's image with a fraction of the evaluations.</p>\n"
-        f'<div class="sheet{_softness(page.shard)[0]}" style="--columns:{columns}">{header}{"".join(rows)}</div>\n'
+        f'<div class="sheet{_softness(page.shard)[0]}" style="--columns:{columns}">'
+        f"{header}{''.join(rows)}</div>\n"
         f"{more if whole else ''}\n</section>"
     )
 
@@ -225,9 +230,8 @@ def _metrics(page: Page) -> str:
         f"<td>{100 * page.reference.accuracy:.1f} %</td><td>–</td>"
         f"<td>{page.reference.count:,}</td><td>–</td><td>–</td></tr>"
     )
-    heads = ("candidate", "steps", "of total variance", "distance", "class agreement")
-    heads += ("evaluations", "samples", "sampler", "levels σ")
-    head = "".join(f'<th scope="col">{h}</th>' for h in heads)
+    heads = "candidate|steps|of total variance|distance|class agreement|evaluations|samples|sampler"
+    head = "".join(f'<th scope="col">{h}</th>' for h in (*heads.split("|"), "levels σ"))
     return (
         '<section id="metrics">\n<h2>Measured</h2>\n'
         f"<p><b>{escape(metric)}</b> is a Fréchet distance between real and generated images in "
@@ -313,10 +317,8 @@ def _lineage(page: Page) -> str:
     for stage in page.stages:
         pairs = [("fingerprint", stage.fingerprint), *said.get(stage.name, [])]
         listed = "".join(
-            f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" if k in ("decision", "experiment")
-            else f"<div><dt>{k}</dt><dd><code>{escape(v)}</code></dd></div>"
-            for k, v in pairs
-        )  # fmt: skip
+            f'<div class="{k}"><dt>{k}</dt><dd>{escape(v)}</dd></div>' for k, v in pairs
+        )
         rows.append(f'<tr><th scope="row">{escape(stage.name)}</th><td><dl>{listed}</dl></td></tr>')
     return (
         '<section id="lineage">\n<h2>Lineage</h2>\n'
@@ -328,8 +330,7 @@ def _lineage(page: Page) -> str:
 
 def _recipe(page: Page) -> str:
     return (
-        '<section id="recipe">\n<h2>Recipe</h2>\n'
-        "<p>Everything that decides what comes out, defaults filled in.</p>\n"
+        '<section id="recipe">\n<h2>Recipe</h2>\n<p>Everything that decides what comes out.</p>\n'
         f"<details><summary>{escape(page.recipe_name)}, resolved</summary>"
         f"<pre><code>{escape(page.recipe_yaml)}</code></pre></details>\n</section>"
     )
@@ -339,10 +340,8 @@ def _recipe(page: Page) -> str:
 
 
 def _stat(name: str, value: str, below: str, candidate: str) -> str:
-    return (
-        f'<div class="{_css(candidate)}"><dt>{escape(name)}</dt><dd>{value}</dd>'
-        f"<dd>{escape(below)}</dd></div>"
-    )
+    said = f"<dt>{escape(name)}</dt><dd>{value}</dd><dd>{escape(below)}</dd>"
+    return f'<div class="{_css(candidate)}">{said}</div>'
 
 
 def _percent(value: float) -> str:
@@ -362,14 +361,8 @@ def _steps(score: Score) -> str:
 
 def _levels(score: Score) -> str:
     if not 0 < len(score.sigmas) <= 3:
-        return f"{len(score.sigmas)} levels"
+        return f"{score.steps} levels"
     return ", ".join(f"{sigma:g}" for sigma in score.sigmas)
-
-
-def _by_class(score: Score, shard: ShardSet) -> str:
-    if score.agreement is None:
-        return ""
-    return f" The {shard.num_classes} classes take turns."
 
 
 def _softness(shard: ShardSet) -> tuple[str, str]:
@@ -377,14 +370,6 @@ def _softness(shard: ShardSet) -> tuple[str, str]:
     if shard.size >= 16:
         return "", ""
     return " soft", f" Each has {shard.size} × {shard.size} pixels, enlarged smoothly."
-
-
-def _sentence(text: str) -> str:
-    return text if text.endswith((".", "!", "?")) else text + "."
-
-
-def _channels(channels: int) -> str:
-    return {1: "grey", 3: "colour"}[channels]
 
 
 def _css(stage: str) -> str:

@@ -155,7 +155,7 @@ def _box(stage: Stage, x: float, y: float) -> str:
 
 def needs_log(values: Sequence[float]) -> bool:
     """True when the values are positive and span more than two decades."""
-    return min(values) > 0 and max(values) / min(values) > 100
+    return min(values) > 1e-30 and max(values) / min(values) > 100
 
 
 def line_chart(
@@ -250,8 +250,11 @@ def _running_mean(points: Points, window: int) -> Points:
 
 def _round_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that enclose [low, high]."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (-1.0, 1.0)
+    largest = max(abs(low), abs(high))
+    if high - low <= 1e-9 * largest:  # a flat line, in the middle
+        low, high = low - largest / 2, high + largest / 2
+    if largest < 1e-300:
+        low, high = -1.0, 1.0
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)

@@ -113,3 +113,9 @@ def test_shapes_that_would_broadcast_are_refused(distance):
 def test_negative_c_is_refused():
     with pytest.raises(ValueError, match="c >= 0"):
         pseudo_huber(torch.zeros(1, 1), torch.zeros(1, 1), -0.1)
+
+
+def test_pseudo_huber_of_nan_is_nan():
+    broken = torch.full((2, 1, 2, 2), float("nan"))
+    for c in (0.0, 0.03):
+        assert torch.isnan(pseudo_huber(broken, torch.zeros_like(broken), c)).all()

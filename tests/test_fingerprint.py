@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from consistency.config import ConstantLevels, RatioPairs, TeacherConfig, UniformPairs
@@ -119,12 +119,14 @@ def exactly_equal(a: object, b: object) -> bool:
     return a == b
 
 
+@settings(deadline=None)
 @given(VALUES, VALUES)
 def test_two_fingerprints_are_equal_exactly_when_the_values_are(a, b):
     assert (fingerprint_of(a) == fingerprint_of(b)) == exactly_equal(a, b)
     assert (diff(canonical(a), canonical(b)) == []) == exactly_equal(a, b)
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_the_canonical_form_survives_json(value):
     form = canonical(value)

@@ -11,7 +11,7 @@ import yaml
 import consistency.config
 import pipelines.recipe
 from infra.errors import UserError
-from pipelines.config import load_cluster, load_recipe, names, resolved_yaml
+from pipelines.config import METHOD_PARTS, load_cluster, load_recipe, names, resolved_yaml
 from pipelines.fingerprint import canonical
 from pipelines.recipe import Recipe
 
@@ -36,7 +36,7 @@ def test_the_packaged_names_are_the_documented_ones():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "cluster"), itertools.product(names("recipes"), names("clusters"))
+    ("recipe", "cluster"), list(itertools.product(names("recipes"), names("clusters")))
 )
 def test_every_recipe_loads_beside_every_cluster(recipe, cluster):
     assert load(recipe).name == recipe
@@ -84,8 +84,6 @@ def test_every_method_preset_serves_the_section_it_is_for(recipe, method):
 
 @pytest.mark.parametrize("method", names("methods"))
 def test_a_method_preset_says_every_part_of_its_method(method):
-    from pipelines.config import METHOD_PARTS
-
     written = yaml.safe_load((ROOT / "configs" / "methods" / f"{method}.yaml").read_text())
     assert set(written) >= METHOD_PARTS - {"huber_c"}
     assert ("huber_c" in written) == (written["distance"] == "pseudo_huber")

@@ -1,5 +1,6 @@
 """The report page: escaped, self-contained, complete; and the step that builds it."""
 
+import base64
 import dataclasses
 import io
 import json
@@ -10,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines import html, svg
@@ -30,6 +29,7 @@ from pipelines.recipe import Cluster
 from pipelines.steps import report
 
 HOSTILE = "<script>alert('x')</script>\"&--><img src=http://evil.example/a.png onerror=x>"
+STEPS = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 
@@ -49,9 +49,6 @@ class Outline(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open, f"</{tag}> closes nothing"
@@ -78,7 +75,7 @@ def score(candidate: str, steps: int, distance: float, **changes: Any) -> Score:
         "percent": 100 * distance / 9.873,
         "agreement": 0.962 if heun else 0.974,
         "grid": f"{candidate}-{steps}.png",
-        "sigmas": (80.0, 0.821)[:steps] if steps < 3 else tuple(np.geomspace(80, 0.002, steps)),
+        "sigmas": () if heun else (80.0, 0.821)[:steps],
     }
     return Score(**(values | changes))
 
@@ -112,6 +109,10 @@ REGISTERED = RegisteredModel(
     percent=SCORES[3].percent,
     decision="0.42 % at one step, distill had 0.54 %",
 )
+
+
+def evaluation(metric: str, scores: tuple[Score, ...]) -> Evaluation:
+    return Evaluation(metric=metric, floor_percent=0.31, scores=scores)
 
 
 def trained(stage: str) -> TrainedModel:
@@ -148,26 +149,16 @@ def pixels(seed: int, n: int = 40) -> np.ndarray:
 
 
 def page(**changes: Any) -> html.Page:
-    done = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
-    needs = {
-        "reference": ("shard",),
-        "teacher": ("shard",),
-        "distill": ("teacher",),
-        "isolate": ("teacher",),
-        "evaluate": ("reference", "distill", "isolate"),
-        "register": ("evaluate",),
-    }
     stages = tuple(
         svg.Stage(
             name=name,
-            lane={"reference": -1, "isolate": 1}.get(name, 0),
-            inputs=needs.get(name, ()),
-            dashed=("teacher",) if name == "isolate" else (),
+            lane=0,
+            inputs=STEPS[max(0, i - 1) : i],
             state="cached" if i < 3 else "ran",
             seconds=10.0 + i,
             fingerprint=f"{i}" * 64,
         )
-        for i, name in enumerate(done)
+        for i, name in enumerate(STEPS)
     )
     values: dict[str, Any] = {
         "recipe_name": "quickstart",
@@ -181,7 +172,7 @@ def page(**changes: Any) -> html.Page:
             html.Training(stage=s, model=trained(s), curve=curve(s))
             for s in ("teacher", "distill", "isolate")
         ),
-        "evaluation": Evaluation(metric=REFERENCE.metric, floor_percent=0.31, scores=SCORES),
+        "evaluation": evaluation(REFERENCE.metric, SCORES),
         "registered": REGISTERED,
         "samples": {
             html.sample_key(s): [encode_png(image) for image in pixels(i)]
@@ -197,10 +188,8 @@ def test_the_page_is_well_formed_and_asks_nothing_of_any_network() -> None:
     outline = Outline(document)
     assert all(source.startswith("data:") for source in outline.sources())
     assert len(outline.sources()) > 40 + 50
-    assert "http://" not in document
-    assert "https://" not in document
-    assert "@import" not in document
-    assert "url(" not in document
+    for request in ("http://", "https://", "@import", "url("):
+        assert request not in document
     assert not {"script", "iframe", "object", "form"} & {tag for tag, _ in outline.tags}
     policy = next(a for t, a in outline.tags if t == "meta" and "http-equiv" in a)
     assert (policy["content"] or "").startswith("default-src 'none'")
@@ -210,35 +199,32 @@ def test_the_page_is_well_formed_and_asks_nothing_of_any_network() -> None:
 
 def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
     plain = Outline(html.render(page()))
+    scores = tuple(
+        dataclasses.replace(s, candidate=HOSTILE, sampler=HOSTILE)
+        if s.candidate == "isolate"
+        else s
+        for s in SCORES
+    )
     bad = page(
         recipe_name=HOSTILE,
         recipe_yaml=f"name: {HOSTILE}\n",
         tracking_uri=f"sqlite:///{HOSTILE}",
         experiment=HOSTILE,
+        stages=tuple(
+            dataclasses.replace(s, fingerprint=HOSTILE, state=HOSTILE) for s in page().stages
+        ),
         shard=dataclasses.replace(SHARD, class_names=(HOSTILE,) * 10, pixel_digest=HOSTILE),
-        registered=dataclasses.replace(REGISTERED, name=HOSTILE, alias=HOSTILE, decision=HOSTILE),
-        evaluation=Evaluation(metric=HOSTILE, floor_percent=0.31, scores=SCORES),
+        registered=dataclasses.replace(
+            REGISTERED, name=HOSTILE, alias=HOSTILE, decision=HOSTILE, candidate=HOSTILE
+        ),
+        evaluation=evaluation(HOSTILE, scores),
+        samples={html.sample_key(s): [encode_png(pixels(0)[0])] * 40 for s in scores},
     )
     outline = Outline(html.render(bad))
     assert [tag for tag, _ in outline.tags] == [tag for tag, _ in plain.tags]
     assert all(source.startswith("data:") for source in outline.sources())
     assert not any(name.startswith("on") for _, attrs in outline.tags for name in attrs)
-    assert "".join(outline.text).count(HOSTILE) >= 15
-
-
-def test_a_hostile_candidate_name_reaches_no_tag() -> None:
-    scores = tuple(
-        dataclasses.replace(s, candidate=HOSTILE) if s.candidate == "isolate" else s for s in SCORES
-    )
-    samples = {html.sample_key(s): [encode_png(pixels(0)[0])] * 40 for s in scores}
-    bad = page(
-        evaluation=Evaluation(metric="m", floor_percent=0.31, scores=scores),
-        registered=dataclasses.replace(REGISTERED, candidate=HOSTILE),
-        samples=samples,
-    )
-    outline = Outline(html.render(bad))
-    plain = Outline(html.render(page()))
-    assert [tag for tag, _ in outline.tags] == [tag for tag, _ in plain.tags]
+    assert "".join(outline.text).count(HOSTILE) >= 30
 
 
 def test_every_number_of_the_metric_table_is_on_the_page() -> None:
@@ -259,16 +245,13 @@ def test_every_number_of_the_metric_table_is_on_the_page() -> None:
         assert cells[6] == f"{s.samples:,}"
         assert cells[7] == s.sampler
         assert cells[8] == {1: "80", 2: "80, 0.821", 18: "18 levels"}[s.steps]
-    assert "two halves of the real images" in rows[-1]
-    assert "0.310 %" in rows[-1]
+    assert re.search(r"two halves of the real images.*0\.310 %", rows[-1])
     assert "it is not FID" in document
 
 
 def test_changed_figures_change_the_page_and_the_old_ones_are_gone() -> None:
     scores = tuple(dataclasses.replace(s, distance=4.567, percent=46.25) for s in SCORES)
-    document = html.render(
-        page(evaluation=Evaluation(metric="other", floor_percent=1.25, scores=scores))
-    )
+    document = html.render(page(evaluation=evaluation("other", scores)))
     for s in SCORES:
         assert svg.figure(s.distance, 4) not in document
         assert f"{svg.figure(s.percent)} %" not in document
@@ -307,9 +290,7 @@ def test_paths_with_spaces_are_quoted_and_passwords_left_out() -> None:
 
 def test_without_classes_no_class_is_spoken_of() -> None:
     scores = tuple(dataclasses.replace(s, agreement=None) for s in SCORES)
-    document = html.render(
-        page(evaluation=Evaluation(metric="m", floor_percent=0.31, scores=scores))
-    )
+    document = html.render(page(evaluation=evaluation("m", scores)))
     assert "take turns" not in document
     assert 'class="row head"' not in document
     assert "in the right class" not in document
@@ -321,113 +302,6 @@ def test_schedules_are_charts_when_they_move_and_facts_when_they_do_not() -> Non
     assert captions == ["target decay μ(k)", "grid points N(k)"]  # distill's mu, isolate's N
     assert "18 throughout" in text
     assert "log scale" in text
-
-
-# --- drawings ------------------------------------------------------------------------------------
-
-
-def boxes(drawing: str) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in re.findall(r"translate\(([\d.]+),([\d.]+)\)", drawing)]
-
-
-@pytest.mark.parametrize("vertical", [False, True])
-def test_dag_boxes_do_not_touch_and_lie_inside_the_drawing(vertical: bool) -> None:
-    drawing = svg.dag(page().stages, vertical=vertical)
-    places = boxes(drawing)
-    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing)
-    assert box is not None
-    width, height = float(box[1]), float(box[2])
-    assert len(places) == 7
-    for i, (x, y) in enumerate(places):
-        assert 0 <= x <= width - 140
-        assert 0 <= y <= height - 72
-        for u, v in places[:i]:
-            assert abs(x - u) > 140 or abs(y - v) > 72
-    flow = [y if vertical else x for x, y in places]
-    names = [s.name for s in page().stages]
-    for s in page().stages:  # every edge points forward
-        for name in s.inputs:
-            assert flow[names.index(name)] < flow[names.index(s.name)]
-
-
-def test_only_the_edge_that_lends_weights_is_dashed() -> None:
-    assert svg.dag(page().stages).count('class="edge dashed"') == 1
-    assert svg.dag(page().stages).count('class="edge') == 8
-    plain = tuple(dataclasses.replace(s, dashed=()) for s in page().stages)
-    assert "dashed" not in svg.dag(plain)
-
-
-def drawn(chart: str) -> list[tuple[float, float]]:
-    points = re.findall(r'class="line" points="(.*?)"', chart)[-1].split()
-    return [(float(x), float(y)) for x, y in (p.split(",") for p in points)]
-
-
-finite = st.floats(-1e8, 1e8, allow_nan=False)
-
-
-@settings(max_examples=80, deadline=None)
-@given(ys=st.lists(finite, min_size=1, max_size=30), from_zero=st.booleans(), steps=st.booleans())
-def test_any_series_stays_inside_its_chart(ys: list[float], from_zero: bool, steps: bool) -> None:
-    points = [(64.0 * i, y) for i, y in enumerate(ys)]
-    chart = svg.line_chart(points, label="y", from_zero=from_zero, steps=steps)
-    for x, y in drawn(chart):
-        assert 43.9 <= x <= 410.1
-        assert 9.9 <= y <= 164.1
-
-
-def test_a_line_in_log_space_is_drawn_straight_and_a_narrow_one_is_linear() -> None:
-    wide = drawn(svg.line_chart([(x, 10.0 ** (-x)) for x in range(5)], label="loss"))
-    falls = [b[1] - a[1] for a, b in zip(wide, wide[1:], strict=False)]
-    assert max(falls) - min(falls) < 0.3
-    narrow = drawn(svg.line_chart([(x, 1.0 + x) for x in range(5)], label="loss"))
-    falls = [b[1] - a[1] for a, b in zip(narrow, narrow[1:], strict=False)]
-    assert max(falls) - min(falls) < 0.3
-    assert svg.needs_log([1, 101])
-    assert not svg.needs_log([1, 99])
-    assert not svg.needs_log([0, 1000])
-
-
-def test_a_schedule_is_drawn_in_steps() -> None:
-    line = drawn(svg.line_chart([(0, 11), (100, 11), (200, 21)], label="N", steps=True))
-    assert all(a[0] == b[0] or a[1] == b[1] for a, b in zip(line, line[1:], strict=False))
-
-
-def test_points_that_are_not_finite_are_left_out_and_none_is_no_crash() -> None:
-    chart = svg.line_chart([(0, 1.0), (1, float("nan")), (2, float("inf")), (3, 2.0)], label="l")
-    assert "nan" not in chart
-    assert "inf" not in chart.replace("infinite", "")
-    assert len(drawn(chart)) == 2
-    assert "no points" in svg.line_chart([], label="l")
-
-
-def test_a_long_series_is_thinned_but_keeps_its_end() -> None:
-    points = [(float(i), 1.0 + 1 / (i + 1)) for i in range(200_000)]
-    chart = svg.line_chart(points, label="loss")
-    assert len(chart) < 60_000
-    assert drawn(chart)[-1][0] == pytest.approx(410, abs=0.2)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.31, "0.310"),
-        (12.54, "12.5"),
-        (276.4, "276"),
-        (99.96, "100"),
-        (1204, "1,204"),
-        (0, "0.00"),
-    ],
-)
-def test_figures_have_three_digits_and_no_exponent(value: float, text: str) -> None:
-    assert svg.figure(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(8.24, "8.2 s"), (59.96, "1 min 00 s"), (119.7, "2 min 00 s"), (11_100, "3 h 05 min")],
-)
-def test_durations_read_naturally(seconds: float, text: str) -> None:
-    assert svg.duration(seconds) == text
 
 
 # --- the step ------------------------------------------------------------------------------------
@@ -471,8 +345,6 @@ def finished(tmp_path: Path) -> dict[str, Committed[Any]]:
 def context(tmp_path: Path) -> LocalContext:
     out = tmp_path / "out"
     out.mkdir()
-    states = {"shard": "cached", "reference": "cached", "teacher": "cached"}
-    steps = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
     return LocalContext(
         step="report",
         fingerprint="f" * 64,
@@ -482,29 +354,29 @@ def context(tmp_path: Path) -> LocalContext:
         tracking_uri="sqlite:////tmp/ws/mlflow.db",
         experiment="quickstart",
         cluster=Cluster(),
-        history=tuple(StepHistory(s, states.get(s, "ran"), 12.5, s[0] * 64) for s in steps),
+        history=tuple(
+            StepHistory(s, "cached" if i < 3 else "ran", 12.5, s[0] * 64)
+            for i, s in enumerate(STEPS)
+        ),
     )
 
 
-def config(**changes: Any) -> report.ReportConfig:
-    values: dict[str, Any] = {
-        "recipe_name": "quickstart",
-        "recipe_yaml": "name: quickstart\n",
-        "isolate_uses_teacher": False,
-    }
-    return report.ReportConfig(**(values | changes))
+def config(isolate_uses_teacher: bool) -> report.ReportConfig:
+    return report.ReportConfig(
+        recipe_name="quickstart",
+        recipe_yaml="name: quickstart\n",
+        isolate_uses_teacher=isolate_uses_teacher,
+    )
 
 
 def test_the_step_writes_one_page_whose_images_are_the_samples(tmp_path: Path) -> None:
     ctx = context(tmp_path)
-    result = report.run(ctx, config(), **finished(tmp_path))
+    result = report.run(ctx, config(False), **finished(tmp_path))
     assert [path.name for path in ctx.out.iterdir()] == [result.file] == ["report.html"]
     document = (ctx.out / result.file).read_bytes()
     assert result.bytes == len(document) < 2_000_000
     outline = Outline(document.decode())
-    assert "dashed" not in svg_of(document.decode())
-    import base64
-
+    assert b'class="edge dashed"' not in document
     images = [
         np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))))
         for source in outline.sources()
@@ -515,7 +387,6 @@ def test_the_step_writes_one_page_whose_images_are_the_samples(tmp_path: Path) -
     for row in range(5):
         np.testing.assert_array_equal(sheet[row], pixels(row)[:10, ..., 0])
     text = "".join(outline.text)
-    assert text.count("cached") >= 2 * 3  # both layouts of the drawing
     assert "4 of 7 stages ran, 50.0 s of work" in text
 
 
@@ -523,10 +394,6 @@ def test_isolate_from_the_teachers_weights_hangs_on_the_teacher_by_a_dashed_edge
     tmp_path: Path,
 ) -> None:
     ctx = context(tmp_path)
-    report.run(ctx, config(isolate_uses_teacher=True), **finished(tmp_path))
-    drawing = svg_of((ctx.out / "report.html").read_text())
-    assert drawing.count("edge dashed") == 2  # wide and tall
-
-
-def svg_of(document: str) -> str:
-    return "".join(re.findall(r'<svg class="dag.*?</svg>', document, re.DOTALL))
+    report.run(ctx, config(True), **finished(tmp_path))
+    document = (ctx.out / "report.html").read_text()
+    assert document.count('class="edge dashed"') == 2  # wide and tall

@@ -1,4 +1,4 @@
-"""Networks F(c_in x; c_noise, labels), written from the formulas, laid out as public weights are."""
+"""Networks F(c_in x; c_noise, labels), written from the formulas; layouts follow public weights."""
 
 from consistency.networks.unet import UNet
 

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 NEARLY_ZERO = 1e-5  # gain of the last layer of each residual branch
@@ -223,7 +222,7 @@ class Block(nn.Module):
         q, k, v = F.linear(tokens, weight, bias).unsqueeze(1).chunk(3, dim=-1)  # [B, 1, s*s, C]
         a = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         a = F.linear(a, self.proj.weight.view(c, c), self.proj.bias)
-        return a.transpose(1, 2).unflatten(2, x.shape[2:])
+        return a.transpose(1, 2).reshape(x.shape)
 
 
 def _check(
@@ -270,8 +269,8 @@ def _conv(
     c_in: int, c_out: int, kernel: int, generator: torch.Generator | None, gain: float = 1.0
 ) -> nn.Conv2d:
     """Same-size convolution, Xavier-uniform weight times `gain`, zero bias."""
-    conv = skip_init(nn.Conv2d, c_in, c_out, kernel, padding=kernel // 2)
-    assert isinstance(conv, nn.Conv2d)
+    # By way of "meta", so that torch's own initialisation draws nothing from the global generator.
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, device="meta").to_empty(device="cpu")
     assert conv.bias is not None
     nn.init.xavier_uniform_(conv.weight, gain, generator)
     nn.init.zeros_(conv.bias)
@@ -280,8 +279,7 @@ def _conv(
 
 def _linear(n_in: int, n_out: int, generator: torch.Generator | None) -> nn.Linear:
     """Linear layer, Xavier-uniform weight, zero bias."""
-    linear = skip_init(nn.Linear, n_in, n_out)
-    assert isinstance(linear, nn.Linear)
+    linear = nn.Linear(n_in, n_out, device="meta").to_empty(device="cpu")
     nn.init.xavier_uniform_(linear.weight, generator=generator)
     nn.init.zeros_(linear.bias)
     return linear

@@ -44,7 +44,7 @@ def run(
     evaluate: Committed[Evaluation],
     register: Committed[RegisteredModel],
 ) -> Report:
-    """Write `report.html`; needs `curve.jsonl` of each training stage, `samples.npz` of evaluate."""
+    """Write `report.html` from the values, each `curve.jsonl`, and the samples of evaluate."""
     inputs = (shard, reference, teacher, distill, isolate, evaluate, register)
     page = html.Page(
         recipe_name=config.recipe_name,

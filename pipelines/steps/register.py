@@ -1,0 +1,226 @@
+"""register: the best candidate becomes exactly one model version, and takes the alias or not."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.artifacts import Committed, Evaluation, RegisteredModel, ShardSet, TrainedModel
+from pipelines.dag import StepContext
+from pipelines.recipe import RegisterConfig
+
+if TYPE_CHECKING:
+    from consistency.published import ModelDescription
+    from infra.registry import ModelPackage
+
+REQUIREMENTS = ("mlflow>=3.17,<4", "torch>=2.6", "numpy>=2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegisterStage:
+    """Identity of the step."""
+
+    register: RegisterConfig
+    recipe: str
+    registry: str  # where: a model registered in one registry is not in another
+
+
+def run(
+    ctx: StepContext,
+    config: RegisterStage,
+    shard: Committed[ShardSet],
+    teacher: Committed[TrainedModel],
+    evaluate: Committed[Evaluation],
+    distill: Committed[TrainedModel],
+    isolate: Committed[TrainedModel],
+) -> RegisteredModel:
+    """Register the candidate of lowest percent at `steps`; the gate decides about the alias."""
+    from consistency.published import ModelDescription
+    from infra import registry, tracking
+
+    wanted = config.register
+    candidates = {"distill": distill, "isolate": isolate}
+    name = best_candidate(evaluate.value, tuple(candidates), wanted.steps)
+    trained = candidates[name]
+    percent = evaluate.value.score(name, wanted.steps).percent
+
+    text = ctx.fetch(trained, "config.json").read_text()
+    # Sample as it was evaluated: the second level of two steps is a choice of the evaluation.
+    mid_sigma = evaluate.value.score(name, 2).sigmas[1]
+    description = replace(ModelDescription.from_json(text), mid_sigma=mid_sigma)
+    digest = artifact_digest(trained.value.weights_sha256, description.to_json())
+
+    percents = {
+        f"{evaluate.value.metric}/steps_{s.steps}": s.percent
+        for s in evaluate.value.scores
+        if s.candidate == name
+    }
+    lineage = {
+        "cmforge.recipe": config.recipe,
+        "cmforge.candidate": name,
+        "cmforge.metric": f"{evaluate.value.metric}, percent of total variance",
+        "cmforge.dataset_digest": shard.value.pixel_digest,
+        **{
+            f"cmforge.fingerprint.{step.step}": step.fingerprint
+            for step in (shard, teacher, trained, evaluate)
+        },
+        **{f"cmforge.{key}": f"{value:.4f}" for key, value in percents.items()},
+    }
+    if commit := os.environ.get("GIT_COMMIT") or os.environ.get("GITHUB_SHA"):
+        lineage["cmforge.git"] = commit
+
+    root = tracking.artifact_root(ctx.workspace)
+    run_id = tracking.open_run(
+        ctx.tracking_uri,
+        ctx.experiment,
+        ctx.step,
+        ctx.fingerprint,
+        root,
+        params={"candidate": name, "steps": wanted.steps, "model": wanted.model},
+        tags={"cmforge.step": ctx.step},
+    )
+    status = "FAILED"
+    try:
+        with tempfile.TemporaryDirectory(prefix="cmforge-register-") as scratch:
+            weights = ctx.fetch(trained, "weights.safetensors")
+            card = model_card(config, name, evaluate.value, shard.value, description, lineage)
+            registered = registry.register_model(
+                ctx.tracking_uri,
+                experiment=ctx.experiment,
+                artifact_root=root,
+                run_id=run_id,
+                name=wanted.model,
+                alias=wanted.alias,
+                digest=digest,
+                distance=percent,
+                eval_digest=eval_digest(evaluate.value, shard.value, name, wanted.steps),
+                max_distance=wanted.max_distance,
+                package=package(Path(scratch), weights, description, card),
+                tags=lineage,
+                metrics=percents,
+            )
+        grids = [ctx.fetch(evaluate, score.grid) for score in evaluate.value.scores]
+        tracking.log_artifacts(ctx.tracking_uri, run_id, grids)
+        status = "FINISHED"
+    finally:
+        tracking.finish_run(ctx.tracking_uri, run_id, status)
+    return RegisteredModel(
+        name=wanted.model,
+        version=registered.version,
+        alias=wanted.alias if registered.holds_alias else None,
+        candidate=name,
+        digest=digest,
+        percent=percent,
+        decision=registered.decision,
+    )
+
+
+def best_candidate(evaluation: Evaluation, candidates: tuple[str, ...], steps: int) -> str:
+    """The one of lowest percent at `steps`; a distance that is not finite comes last."""
+
+    def rank(name: str) -> tuple[bool, float]:
+        percent = evaluation.score(name, steps).percent
+        return not math.isfinite(percent), percent
+
+    return min(candidates, key=rank)
+
+
+def artifact_digest(weights_sha256: str, config_json: str) -> str:
+    """Identity of the thing registered: its weights and its config, not the attempt."""
+    return hashlib.sha256(f"{weights_sha256}\n{config_json}".encode()).hexdigest()
+
+
+def eval_digest(evaluation: Evaluation, shard: ShardSet, candidate: str, steps: int) -> str:
+    """Distances compare only under one metric, reference, sample count and step count.
+
+    The floor stands for the reference: it changes with the feature net and with the images.
+    """
+    protocol = {
+        "metric": evaluation.metric,
+        "floor_percent": evaluation.floor_percent,
+        "dataset": shard.pixel_digest,
+        "samples": evaluation.score(candidate, steps).samples,
+        "steps": steps,
+    }
+    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+
+
+def package(
+    scratch: Path, weights: Path, description: "ModelDescription", card: str
+) -> "ModelPackage":
+    """What a consumer needs beside mlflow and torch. `weights` is a safetensors file."""
+    import torch
+    from safetensors.torch import load_file
+
+    import consistency
+    from infra.registry import ModelPackage
+
+    assert consistency.__file__ is not None
+    (scratch / "config.json").write_text(description.to_json())
+    torch.save(load_file(weights), scratch / "weights.pt")  # torch alone reads it
+    return ModelPackage(
+        code=Path(__file__).parents[1] / "served_model.py",
+        packages=(Path(consistency.__file__).parent,),
+        artifacts={"weights": scratch / "weights.pt", "config": scratch / "config.json"},
+        requirements=REQUIREMENTS,
+        inputs={"num_samples": "long"},
+        params={
+            "steps": ("long", 1),
+            "seed": ("long", 0),
+            "class": ("long", -1),
+            "output": ("string", "png_base64"),
+        },
+        card=card,
+    )
+
+
+def model_card(
+    config: RegisterStage,
+    candidate: str,
+    evaluation: Evaluation,
+    shard: ShardSet,
+    about: "ModelDescription",
+    lineage: dict[str, str],
+) -> str:
+    """Markdown: what the model is, how good, how to load it, where it comes from."""
+    name, alias = config.register.model, config.register.alias
+    conditional = ", ".join(about.class_names) if about.num_classes else "none (unconditional)"
+    rows = [
+        f"| {s.steps} | {s.evaluations} | {s.samples:,} | {s.percent:.2f} % |"
+        for s in evaluation.scores
+        if s.candidate == candidate
+    ]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"A few-step generator of {about.size}x{about.size} images with {about.channels} "
+            f"channel(s): the {candidate} candidate of the cmforge recipe `{config.recipe}`, "
+            f"learned from {shard.count:,} images. Classes: {conditional}.",
+            "",
+            f"| steps | network calls | samples | {evaluation.metric} |",
+            "| ---: | ---: | ---: | ---: |",
+            *rows,
+            "",
+            f"`{evaluation.metric}` is in percent of the total variance of the real images; two "
+            f"halves of the real images are {evaluation.floor_percent:.2f} % apart.",
+            "",
+            "```python",
+            "import mlflow, pandas as pd",
+            f'model = mlflow.pyfunc.load_model("models:/{name}@{alias}")',
+            "images = model.predict(",
+            '    pd.DataFrame({"num_samples": [16]}),',
+            '    params={"steps": 2, "seed": 0, "class": -1, "output": "uint8"},',
+            ")  # uint8 [16, H, W, C]; output png_base64 gives a table",
+            "```",
+            "",
+            "MLflow ignores a parameter whose name it does not know, with a warning.",
+            "",
+            *(f"- {key}: `{value}`" for key, value in sorted(lineage.items())),
+            "",
+        ]
+    )
