@@ -8,6 +8,7 @@ imported inside functions only (seconds).
 import math
 import sqlite3
 import tempfile
+import warnings
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -114,10 +115,14 @@ def register_model(
     standing = {DISTANCE_TAG: repr(distance), EVAL_TAG: eval_digest}
     every_tag = {**tags, DIGEST_TAG: digest, **standing}
 
-    version = _find_version(client, name, digest)
-    if version is None:
+    version = next(iter(_versions(client, name, digest)), None)
+    if version is None or not _has_files(client, _model_id(version)):
         model = _log_model(client, experiment_id, run_id, name, package, every_tag, metrics)
-        version = _create_version(client, name, model.model_id, run_id, package.card, every_tag)
+        if version is not None and _model_id(version) != model.model_id:
+            client.delete_model_version(name, str(version.version))  # it can never load again
+            version = None
+        if version is None:
+            version = _create_version(client, name, model.model_id, run_id, package.card, every_tag)
     number = int(version.version)
     if any(version.tags.get(key) != value for key, value in standing.items()):
         # Evaluated anew. In between, no distance: it can never be read under the wrong protocol.
@@ -142,7 +147,7 @@ def verify_registered(uri: str, name: str, version: int, digest: str) -> bool:
         return _verify_in_sqlite(database, name, version, digest)
     client = tracking.connect(uri)
     found = _versions(client, name, digest)
-    return any(int(v.version) == version and _has_files(client, v) for v in found)
+    return any(int(v.version) == version and _has_files(client, _model_id(v)) for v in found)
 
 
 def _verify_in_sqlite(database: Path, name: str, version: int, digest: str) -> bool:
@@ -152,11 +157,10 @@ def _verify_in_sqlite(database: Path, name: str, version: int, digest: str) -> b
     try:
         with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as rows:
             found = rows.execute(
-                "SELECT m.artifact_location FROM model_versions v"
+                "SELECT v.storage_location FROM model_versions v"
                 " JOIN model_version_tags t ON t.name = v.name AND t.version = v.version"
-                " JOIN logged_models m ON v.source = 'models:/' || m.model_id"
                 " WHERE v.name = ? AND v.version = ? AND t.key = ? AND t.value = ?"
-                " AND v.current_stage != 'Deleted_Internal' AND m.lifecycle_stage = 'active'",
+                " AND v.current_stage != 'Deleted_Internal'",
                 (name, version, DIGEST_TAG, digest),
             ).fetchone()
     except sqlite3.Error:  # no such table: never prepared, or not by this MLflow
@@ -170,19 +174,14 @@ def _versions(client: "MlflowClient", name: str, digest: str) -> list["ModelVers
     return sorted(found, key=lambda version: int(version.version))
 
 
-def _find_version(client: "MlflowClient", name: str, digest: str) -> "ModelVersion | None":
-    """The lowest version whose files are there; one without files cannot load and is removed."""
-    for version in _versions(client, name, digest):
-        if _has_files(client, version):
-            return version
-        client.delete_model_version(name, str(version.version))
-    return None
+def _model_id(version: "ModelVersion") -> str:
+    """Of its LoggedModel; read from the source, because search results carry no model_id."""
+    return str(version.source).removeprefix("models:/")
 
 
-def _has_files(client: "MlflowClient", version: "ModelVersion") -> bool:
+def _has_files(client: "MlflowClient", model_id: str) -> bool:
     from mlflow.exceptions import MlflowException
 
-    model_id = str(version.source).removeprefix("models:/")  # search results have no model_id
     try:
         files = client.list_logged_model_artifacts(model_id)
     except MlflowException as error:
@@ -228,7 +227,8 @@ def _log_model(
         client.create_logged_model(experiment_id, title, run_id, tags=dict(tags))
         model = oldest()
         assert model is not None, tags[DIGEST_TAG]
-    if str(model.status) != "READY":
+    ready = str(model.status) == "READY"
+    if not ready or not _has_files(client, model.model_id):
         with tempfile.TemporaryDirectory(prefix="cmforge-model-") as scratch:
             folder = Path(scratch) / "model"
             _save(folder, model.model_id, run_id, package)
@@ -241,7 +241,8 @@ def _log_model(
         linked = [] if outputs is None else [o.model_id for o in outputs.model_outputs]
         if model.model_id not in linked:
             client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
-        model = client.finalize_logged_model(model.model_id, "READY")
+        if not ready:
+            model = client.finalize_logged_model(model.model_id, "READY")
     return model
 
 
@@ -252,20 +253,23 @@ def _save(folder: Path, model_id: str, run_id: str, package: ModelPackage) -> No
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
     model = Model(model_id=model_id, model_uuid=model_id, run_id=run_id)
-    mlflow.pyfunc.save_model(
-        folder,
-        mlflow_model=model,
-        python_model=str(package.code),
-        code_paths=[str(path) for path in package.packages],
-        artifacts={name: str(path) for name, path in package.artifacts.items()},
-        pip_requirements=list(package.requirements),
-        signature=ModelSignature(
-            inputs=Schema([ColSpec(kind, column) for column, kind in package.inputs.items()]),
-            params=ParamSchema(
-                [ParamSpec(name, kind, value) for name, (kind, value) in package.params.items()]
-            ),
+    signature = ModelSignature(
+        inputs=Schema([ColSpec(kind, column) for column, kind in package.inputs.items()]),
+        params=ParamSchema(
+            [ParamSpec(name, kind, value) for name, (kind, value) in package.params.items()]
         ),
     )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*input example was not provided")  # no need
+        mlflow.pyfunc.save_model(
+            folder,
+            mlflow_model=model,
+            python_model=str(package.code),
+            code_paths=[str(path) for path in package.packages],
+            artifacts={name: str(path) for name, path in package.artifacts.items()},
+            pip_requirements=list(package.requirements),  # inferring them takes 10 s
+            signature=signature,
+        )
     flavor = model.flavors["python_function"]
     flavor["model_code_path"] = package.code.name
     for artifact in flavor["artifacts"].values():

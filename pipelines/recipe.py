@@ -57,9 +57,9 @@ class DataConfig:
 class ReferenceConfig:
     """The feature net trained on the shards, and the statistics of the real images under it."""
 
-    steps: int = 600
+    steps: int = 300
     batch: int = 128
-    lr: float = 1e-3
+    lr: float = 2e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -151,7 +151,7 @@ class Cluster:
     address: str = "local"  # "local", "auto" or host:port of a running Ray
     workers: int = 1  # Ray Train workers per training stage
     cpus_per_worker: int = 1
-    gpus_per_worker: float = 0
+    gpus_per_worker: float = 0.0
     workspace: str = "cmforge-workspace"  # folder or fsspec URL
     tracking_uri: str | None = None  # None: sqlite in the workspace
     checkpoint_every_seconds: float = 30.0

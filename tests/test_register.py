@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 
 from infra import registry, tracking
 from infra.registry import Registration, Standing, decide
@@ -282,27 +283,34 @@ def test_a_lost_race_leaves_the_lower_version(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process registers the same digest after we looked and before we created."""
-    real = registry._find_version
-    monkeypatch.setattr(registry, "_find_version", lambda *args: None)
-    calls: list[int] = []
+    original, calls = registry._create_version, iter([True])
 
     def create(*args: Any) -> Any:
-        if not calls:
-            calls.append(1)
+        if next(calls, False):
             assert place.register().version == 1
         return original(*args)
 
-    original = registry._create_version
     monkeypatch.setattr(registry, "_create_version", create)
     assert place.register().version == 1
-    monkeypatch.setattr(registry, "_find_version", real)
     place.assert_exactly_one()
 
 
-def test_a_version_whose_files_were_deleted_is_replaced(place: Place) -> None:
+def test_files_lost_from_the_store_come_back_below_the_same_version(place: Place) -> None:
+    place.register()
+    (model,) = place.logged_models()
+    shutil.rmtree(place.workspace / "mlartifacts" / "models")
+    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
+    place.register()
+    place.assert_exactly_one()
+    assert place.logged_models()[0].model_id == model.model_id
+    assert place.load().predict({"num_samples": [1]}).shape == (1, 2)
+
+
+def test_a_version_whose_model_was_deleted_for_good_is_replaced(place: Place) -> None:
     place.register()
     (model,) = place.logged_models()
     tracking.connect(place.uri).delete_logged_model(model.model_id)
+    shutil.rmtree(place.workspace / "mlartifacts" / "models")
     assert not registry.verify_registered(place.uri, NAME, 1, "d1")
     again = place.register()
     assert (again.version, again.holds_alias) == (2, True)
@@ -406,14 +414,14 @@ def test_the_served_model_draws_what_the_library_draws(place: Place) -> None:
         np.testing.assert_array_equal(np.stack(decoded), expected[..., 0])
         names = ["zero", "one", "two", "zero", "one"] if label == -1 else ["one"] * 5
         assert list(table["class"]) == names
-    assert expected.std() > 10  # images, not a constant
+    assert expected.std() > 2  # images, not a constant
 
 
 def test_colour_images_become_colour_pngs(place: Place) -> None:
     from PIL import Image
 
     place.register()
-    encode = place.load().unwrap_python_model().predict.__globals__["encode_png"]
+    encode = sys.modules[type(place.load().unwrap_python_model()).__module__].encode_png
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode(image)))), image)
 
@@ -462,7 +470,8 @@ def test_the_saved_folder_names_nothing_of_this_machine(place: Place) -> None:
             text = path.read_text()
             for private in (str(REPO), str(place.workspace), str(Path.home()), "/tmp/"):
                 assert private not in text or private == "/", (path.name, private)
-    assert (folder / "requirements.txt").read_text().split() == list(register.REQUIREMENTS)
+    listed = (folder / "requirements.txt").read_text().split()
+    assert [Requirement(text) for text in listed] == [Requirement(r) for r in register.REQUIREMENTS]
 
 
 # --- the step ------------------------------------------------------------------------------------
