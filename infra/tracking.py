@@ -155,6 +155,7 @@ def _create_database(path: Path) -> None:
 
 
 def experiment_id(client: "MlflowClient", uri: str, name: str, artifact_root: str | None) -> str:
+    """Id of the experiment, found or created. UserError when a person deleted it."""
     from mlflow.exceptions import MlflowException
 
     location = artifact_root if sqlite_path(uri) is not None else None  # a server has its own

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ exit codes:
   1    a stage failed, or a check of `doctor` did
   2    the command, recipe, data or workspace needs mending (one line says how)
   130  interrupted; the same command goes on where it stopped
+  141  nobody reads the output any more (`cmforge plan | head`)
 """
 
 
@@ -33,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        return command(arguments)
+        code = command(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is still ours to handle
+        return code
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `cmforge plan | head`
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # 128 + SIGPIPE, as other tools: a run cut short must not pass for done
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
@@ -66,9 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--workspace", metavar="URL", help="folder or fsspec URL of results and registry"
         )
-        sub.add_argument(
-            "--cluster", metavar="NAME", help="laptop, one-gpu, auto, or a YAML file"
-        )
+        sub.add_argument("--cluster", metavar="NAME", help="laptop, one-gpu, auto, or a YAML file")
         return sub
 
     def add_recipe(sub: argparse.ArgumentParser, optional: bool) -> None:
@@ -137,19 +139,18 @@ def _run(arguments: argparse.Namespace) -> int:
         for line in lines:
             if line.step.name in arguments.force:
                 dag.set_aside(cluster.workspace, line.step)
-        _warn_of_drift(lines)
+        _warn_of_drift(lines, arguments.force)
         text = config.resolved_yaml(recipe).encode()
         storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
-        settings = dag.Settings(
-            cluster.workspace, _tracking_uri(cluster), recipe.name, cluster
-        )
-        with _sigterm_as_interrupt(), Progress(lines, cluster.workspace) as progress:
-            # Closed explicitly: on an interrupt the generator cancels what runs.
-            with contextlib.closing(
-                dag.execute(steps, settings, lambda: _ray(cluster.address))
-            ) as events:
-                for event in events:
-                    progress.show(event)
+        settings = dag.Settings(cluster.workspace, _tracking_uri(cluster), recipe.name, cluster)
+        events = dag.execute(steps, settings, lambda: _ray(cluster.address))
+        with (
+            _sigterm_as_interrupt(),
+            Progress(lines, cluster.workspace) as progress,
+            contextlib.closing(events),  # on an interrupt this cancels what runs
+        ):
+            for event in events:
+                progress.show(event)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
@@ -193,7 +194,8 @@ def _report(arguments: argparse.Namespace) -> int:
     recipe, cluster = _load(arguments)
     line = dag.plan(graph.build(recipe, cluster), cluster.workspace)[-1]
     if line.committed is None:
-        raise UserError(f"no report yet: {line.reason}; run: cmforge run {arguments.recipe or recipe.name}")
+        recipe_name = arguments.recipe or recipe.name
+        raise UserError(f"no report yet: {line.reason}; run: cmforge run {recipe_name}")
     page = storage.join(line.committed.url, line.committed.value.file)
     if arguments.out:
         storage.write_bytes(storage.absolute(arguments.out), storage.read_bytes(page))
@@ -243,24 +245,47 @@ def _load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[An
     if recipe_name is not None and "=" in recipe_name:  # `status key=value`
         recipe_name, overrides = None, [recipe_name, *overrides]
     own = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    rest = [text for text in overrides if not text.startswith("cluster.")]
     name = arguments.cluster or ("auto" if os.environ.get("RAY_ADDRESS") else "laptop")
-    cluster = config.load_cluster(name, own)
+    try:
+        cluster = config.load_cluster(name, own)
+    except UserError as error:
+        if recipe_name is not None:
+            try:
+                config.load_recipe(recipe_name, rest)
+            except UserError as more:
+                raise UserError(f"{error}\n{more}") from None
+        raise
     if arguments.workspace is not None:
         cluster = replace(cluster, workspace=arguments.workspace)
+    if not cluster.workspace:
+        raise UserError("workspace: empty; name a folder or an fsspec URL with --workspace")
     cluster = replace(cluster, workspace=storage.absolute(cluster.workspace))
     if os.environ.get("MLFLOW_TRACKING_URI") and cluster.tracking_uri is None:
         cluster = replace(cluster, tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
     if not recipe_needed:
         return None, cluster
-    if recipe_name is None:
-        recipe_name = storage.join(cluster.workspace, "recipe.yaml")
-        if not storage.exists(recipe_name):
-            raise UserError(
-                f"nothing has run in workspace {cluster.workspace}; name a recipe, "
-                f"or another --workspace"
-            )
-    rest = [text for text in overrides if not text.startswith("cluster.")]
-    return config.load_recipe(recipe_name, rest), cluster
+    if recipe_name is not None:
+        return _at_absolute_path(config.load_recipe(recipe_name, rest)), cluster
+    saved = storage.join(cluster.workspace, "recipe.yaml")
+    if not storage.exists(saved):
+        raise UserError(
+            f"nothing has run in workspace {cluster.workspace}; name a recipe, "
+            f"or another --workspace"
+        )
+    if storage.is_local(saved):
+        return config.load_recipe(saved, rest), cluster
+    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+        local = os.path.join(folder, "recipe.yaml")
+        Path(local).write_bytes(storage.read_bytes(saved))
+        return config.load_recipe(local, rest), cluster
+
+
+def _at_absolute_path(recipe: Any) -> Any:
+    """A relative data.path is the shell's; workers and later commands may stand elsewhere."""
+    if recipe.data.path is None:
+        return recipe
+    return replace(recipe, data=replace(recipe.data, path=storage.absolute(recipe.data.path)))
 
 
 def _tracking_uri(cluster: Any) -> str:
@@ -299,15 +324,15 @@ def _print_plan(lines: Sequence[Any], forced: Sequence[str]) -> None:
         if line.step.name in forced:
             state, reason = "to run", "--force"
         print(f"{line.step.name:<10} {state:<7} {line.fingerprint}  {reason}")
-    _warn_of_drift(lines)
+    _warn_of_drift(lines, forced)
     todo = sum(line.state == "to run" or line.step.name in forced for line in lines)
     print(f"{len(lines) - todo} cached, {todo} to run")
 
 
-def _warn_of_drift(lines: Sequence[Any]) -> None:
+def _warn_of_drift(lines: Sequence[Any], forced: Sequence[str]) -> None:
     """Results whose code has changed since are reused, but never silently."""
     for line in lines:
-        if line.drifted:
+        if line.drifted and line.step.name not in forced:
             shown = ", ".join(line.drifted[:5])
             more = f" and {len(line.drifted) - 5} more" if len(line.drifted) > 5 else ""
             print(
@@ -335,14 +360,19 @@ def _explain(failed: Any) -> int:
 def _print_result(steps: Sequence[Any], workspace: str) -> None:
     from pipelines import dag
 
-    done = {line.step.name: line.committed for line in dag.plan(steps, workspace)}
-    model, page = done["register"].value, done["report"]
+    done: dict[str, Any] = {}
+    for line in dag.plan(steps, workspace):
+        assert line.committed is not None, f"{line.step.name} is not done: {line.reason}"
+        done[line.step.name] = line.committed
+    evaluation, model, page = done["evaluate"].value, done["register"].value, done["report"]
     print()
-    for score in done["evaluate"].value.scores:
+    for score in evaluation.scores:
         steps_text = f"{score.evaluations} evaluation{'s' if score.evaluations > 1 else ''}"
         print(
-            f"  {score.candidate:<8} {steps_text:<15} {done['evaluate'].value.metric} "
+            f"  {score.candidate:<8} {steps_text:<15} {evaluation.metric} "
             f"{score.percent:.2f} % of the variance of the real images"
         )
-    print(f"model   {model.name} version {model.version} (from {model.candidate}): {model.decision}")
+    print(
+        f"model   {model.name} version {model.version} (from {model.candidate}): {model.decision}"
+    )
     print(f"report  {storage.join(page.url, page.value.file)}")

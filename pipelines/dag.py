@@ -14,12 +14,13 @@ Readers trust COMMIT.json alone. Two attempts may race; one wins, and both wrote
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,11 @@ from pipelines.fingerprint import canonical, diff, fingerprint_of
 from pipelines.recipe import Cluster
 
 FORMAT = 1
+LONGEST_CHANGE = 80  # characters of a plan's reason that one changed key may take
+# What readers of a record rely on.
+RECORD_KEYS = frozenset(
+    {"fingerprint", "identity", "attempt", "value", "files", "ended", "seconds", "code"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,8 @@ class StepContext:
         storage.verify(committed.url, [storage.FileRecord(**record)])
         if storage.is_local(url):
             return Path(storage.absolute(url))
-        local = Path(tempfile.mkdtemp(prefix="cmforge-")) / Path(name).name
+        local = self.out.parent / "inputs" / committed.step / name  # all files of one side by side
+        local.parent.mkdir(parents=True, exist_ok=True)
         local.write_bytes(storage.read_bytes(url))
         return local
 
@@ -177,6 +184,9 @@ class AttemptFailed(Exception):
         super().__init__(message, log)
         self.message, self.log = message, log
 
+    def __str__(self) -> str:
+        return self.message
+
 
 # --- identity and records ------------------------------------------------------------------------
 
@@ -206,9 +216,12 @@ def home_of(workspace: str, step: Step) -> str:
 
 
 def read_record(home: str) -> dict[str, Any]:
-    """COMMIT.json, parsed. FileNotFoundError when the step is not committed."""
+    """COMMIT.json, parsed. FileNotFoundError when absent, ValueError when it is no record."""
     record = json.loads(storage.read_bytes(storage.join(home, "COMMIT.json")))
-    assert isinstance(record, dict)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"not a record of format {FORMAT}")
+    if missing := RECORD_KEYS - record.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
     return record
 
 
@@ -250,20 +263,22 @@ def _plan_one(step: Step, workspace: str) -> Planned:
         record = read_record(home)
         committed = committed_of(step, home, record)
         wrong = damage(home, record)
+        drifted = drift.changed(record["code"])
     except FileNotFoundError:
         return Planned(step, name, "to run", _reason(step, workspace, home), None)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another shape
         return Planned(step, name, "to run", f"its record is unreadable: {error}", None)
     if wrong is not None:
         return Planned(step, name, "to run", f"damaged: {wrong}", None)
-    drifted = drift.changed(record["code"])
     return Planned(step, name, "cached", f"committed {record['ended'][:19]}", committed, drifted)
 
 
 def _reason(step: Step, workspace: str, home: str) -> str:
-    """Why there is no commit: interrupted, never run, or which key or input changed."""
+    """Why there is no commit, in one line: interrupted, never run, or what changed."""
     if storage.list_dir(storage.join(home, "work")):
         return "interrupted: goes on from its last checkpoint"
+    if any(name.startswith("COMMIT.bad-") for name in storage.list_dir(home)):
+        return "an earlier result was set aside"
     if storage.list_dir(storage.join(home, "attempts")):
         return "interrupted: runs again"
     latest = latest_record(step.name, workspace)
@@ -271,26 +286,36 @@ def _reason(step: Step, workspace: str, home: str) -> str:
         return "never run"
     new: Any = canonical(step.identity())
     old = latest["identity"]
-    changes = diff(old["version"], new["version"]) + diff(old["config"], new["config"])
+    changes = [_short(change) for change in diff(old["config"], new["config"])]
+    if old["version"] != new["version"]:
+        changes.insert(0, f"version: {old['version']} -> {new['version']}")
     before = {i["name"]: i["fingerprint"] for i in old["inputs"]}
-    changes += [
-        f"input {i['name']} changed"
-        for i in new["inputs"]
-        if before.get(i["name"]) != i["fingerprint"]
-    ]
+    after = {i["name"]: i["fingerprint"] for i in new["inputs"]}
+    names = [*after, *(name for name in before if name not in after)]
+    changes += [f"input {name} changed" for name in names if before.get(name) != after.get(name)]
     more = f" (+{len(changes) - 3} more)" if len(changes) > 3 else ""
-    return "; ".join(changes[:3]) + more if changes else "an earlier result was set aside"
+    return "; ".join(changes[:3]) + more
+
+
+def _short(change: str) -> str:
+    """`lr: 0.1 -> 0.2` as it is, but a text of many lines or a digest only as `key changed`."""
+    if len(change) <= LONGEST_CHANGE and change.isprintable():
+        return change
+    return f"{change.split(': ', 1)[0]} changed"
 
 
 def latest_record(name: str, workspace: str) -> dict[str, Any] | None:
+    """The newest result of a step, whatever its config. None when there is none."""
     folder = storage.join(workspace, "steps", name)
     records = []
     for other in storage.list_dir(folder):
+        if re.fullmatch(r"[0-9a-f]{16}", other) is None:
+            continue  # not ours: file managers leave things behind
         try:
             records.append(read_record(storage.join(folder, other)))
         except (FileNotFoundError, ValueError):
             continue
-    return max(records, key=lambda record: str(record.get("ended")), default=None)
+    return max(records, key=lambda record: str(record["ended"]), default=None)
 
 
 # --- execution -----------------------------------------------------------------------------------
@@ -298,7 +323,7 @@ def latest_record(name: str, workspace: str) -> dict[str, Any] | None:
 
 def execute(
     targets: Sequence[Step], settings: Settings, make_executor: Callable[[], Executor]
-) -> Iterator[Event | None]:
+) -> Generator[Event | None, None, None]:
     """Run what is not committed, side by side where inputs and CPUs allow.
 
     Yields events as they happen, and None about twice a second in between. The executor is made
@@ -326,6 +351,7 @@ def execute(
     failures: dict[str, BaseException] = {}
     logs: dict[str, str] = {}
     try:
+        _refuse_what_never_fits(waiting, executor, settings.cluster)
         while waiting or running:
             for step in list(waiting):
                 if any(needed.name in failures for needed in step.inputs.values()):
@@ -352,11 +378,10 @@ def execute(
                         continue
                     failures[step.name] = error
                     yield Event(step.name, "failed", str(error))
-                except AttemptFailed as error:
-                    failures[step.name], logs[step.name] = error, error.log
-                    yield Event(step.name, "failed", error.message)
-                except UserError as error:
+                except Exception as error:  # its own affair: other branches go on
                     failures[step.name] = error
+                    if isinstance(error, AttemptFailed):
+                        logs[step.name] = error.log
                     yield Event(step.name, "failed", str(error))
                 else:
                     home = home_of(settings.workspace, step)
@@ -381,12 +406,25 @@ def _fits(
     step: Step, running: Mapping[Any, tuple[Step, int]], executor: Executor, cluster: Cluster
 ) -> bool:
     """Gang admission: a stage starts when its own CPUs and its workers' are free."""
+    used = sum(_demand(step, cluster) for step, _ in running.values())
+    return not running or used + _demand(step, cluster) <= executor.capacity()
 
-    def demand(step: Step) -> float:
-        return step.cpus + (cluster.workers * cluster.cpus_per_worker if step.trains else 0)
 
-    used = sum(demand(step) for step, _ in running.values())
-    return not running or used + demand(step) <= executor.capacity()
+def _demand(step: Step, cluster: Cluster) -> float:
+    """CPUs of the step's own process and of its training workers."""
+    return step.cpus + (cluster.workers * cluster.cpus_per_worker if step.trains else 0)
+
+
+def _refuse_what_never_fits(steps: Sequence[Step], executor: Executor, cluster: Cluster) -> None:
+    """Workers that one machine cannot hold would wait for ever; other clusters may grow."""
+    workers = cluster.workers * cluster.cpus_per_worker
+    capacity = executor.capacity()
+    if cluster.address == "local" and workers > capacity and any(step.trains for step in steps):
+        raise UserError(
+            f"cluster.workers: {cluster.workers} of cpus_per_worker {cluster.cpus_per_worker} need "
+            f"{workers} CPUs, this machine has {capacity:g}; lower them in the cluster file, or "
+            f"with cluster.workers=1 cluster.cpus_per_worker=1"
+        )
 
 
 def _submit(
@@ -433,53 +471,57 @@ def run_attempt(
     attempt = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
     published = storage.join(home, "attempts", attempt)
     local = storage.is_local(published)
-    out = Path(storage.absolute(published) if local else tempfile.mkdtemp(prefix="cmforge-"))
+    scratch = None if local else Path(tempfile.mkdtemp(prefix="cmforge-"))
+    out = Path(storage.absolute(published)) if scratch is None else scratch / "out"
     started = time.time()
     try:
-        with storage.mendable(str(out)):
-            out.mkdir(parents=True, exist_ok=True)
-            context = StepContext(
-                step=step.name,
-                fingerprint=name,
-                out=out,
-                work=storage.join(home, "work"),
-                workspace=settings.workspace,
-                tracking_uri=settings.tracking_uri,
-                experiment=settings.experiment,
-                cluster=settings.cluster,
-                history=history,
-            )
-            value = step.run(context, step.config, **inputs)
-            assert isinstance(value, step.returns), f"{step.name} returned {type(value).__name__}"
-            files = storage.describe_dir(str(out)) if local else storage.upload_dir(str(out), published)
-            ended = time.time()
-            record = {
-                "format": FORMAT,
-                "step": step.name,
-                "fingerprint": name,
-                "identity": canonical(step.identity()),
-                "attempt": attempt,
-                "value": to_json(value),
-                "files": [vars(file) for file in files],
-                "started": _iso(started),
-                "ended": _iso(ended),
-                "seconds": round(ended - started, 3),
-                "code": drift.closure(step.run.__module__),
-                "provenance": {"host": platform.node(), "python": platform.python_version()},
-            }
-            data = json.dumps(record, indent=1, sort_keys=True).encode()
-            if not storage.put_if_absent(storage.join(home, "COMMIT.json"), data):
-                record = read_record(home)  # another attempt was first; its result is the result
-        return record
+        out.mkdir(parents=True, exist_ok=True)
+        context = StepContext(
+            step=step.name,
+            fingerprint=name,
+            out=out,
+            work=storage.join(home, "work"),
+            workspace=settings.workspace,
+            tracking_uri=settings.tracking_uri,
+            experiment=settings.experiment,
+            cluster=settings.cluster,
+            history=history,
+        )
+        value = step.run(context, step.config, **inputs)
+        assert isinstance(value, step.returns), f"{step.name} returned {type(value).__name__}"
+        files = storage.describe_dir(str(out)) if local else storage.upload_dir(str(out), published)
+        ended = time.time()
+        record = {
+            "format": FORMAT,
+            "step": step.name,
+            "fingerprint": name,
+            "identity": canonical(step.identity()),
+            "attempt": attempt,
+            "value": to_json(value),
+            "files": [vars(file) for file in files],
+            "started": _iso(started),
+            "ended": _iso(ended),
+            "seconds": round(ended - started, 3),
+            "code": drift.closure(step.run.__module__),
+            "provenance": {"host": platform.node(), "python": platform.python_version()},
+        }
+        data = json.dumps(record, indent=1, sort_keys=True).encode()
+        storage.put_if_absent(storage.join(home, "COMMIT.json"), data)
+        return read_record(home)  # another attempt may have been first; its result is the result
     except UserError:
         raise
     except Exception as error:
+        if isinstance(error, OSError):  # a full disk, a missing permission
+            known = storage.user_error_from(error, str(error.filename or out))
+            if known is not None:
+                raise known from error
         log = storage.join(home, "failures", f"{attempt}.txt")
         storage.write_bytes(log, traceback.format_exc().encode())
-        raise AttemptFailed(f"{type(error).__name__}: {error}", log) from None
+        message = f"{type(error).__name__}: {error}".splitlines()[0]  # the rest is in the log
+        raise AttemptFailed(message, log) from None
     finally:
-        if not local:
-            shutil.rmtree(out, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _iso(seconds: float) -> str:
@@ -500,16 +542,19 @@ def lock_workspace(workspace: str) -> Any:
     with storage.mendable(workspace):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")  # noqa: SIM115 (held open for the life of the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise UserError(
-            f"workspace {workspace} is in use by {holder}; wait for it, or choose another "
-            f"--workspace"
-        ) from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}")
-    file.flush()
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(
+                f"workspace {workspace} is in use by {holder}; wait for it, or choose another "
+                f"--workspace"
+            ) from None
+        except OSError:  # a file system without locks
+            return file
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()}")
+        file.flush()
     return file

@@ -52,8 +52,6 @@ def _look(name: str, look: Callable[[], str]) -> Check:
 
 
 def _python() -> str:
-    if sys.version_info < (3, 11):
-        raise UserError(f"{sys.version.split()[0]}; cmforge needs 3.11 or newer")
     return sys.version.split()[0]
 
 

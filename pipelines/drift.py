@@ -70,7 +70,11 @@ def _read(path: Path) -> tuple[str, frozenset[str]]:
                 and isinstance(first.value, ast.Constant)
                 and isinstance(first.value.value, str)
             ):
-                first.value.value = ""
+                node.body = node.body[1:]
     digest = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
     ours = {name for name in imports if name.split(".")[0] in PACKAGES}
-    return digest, frozenset(ours)
+    # Importing a.b.c runs a and a.b, too.
+    packages = {
+        ".".join(name.split(".")[:n]) for name in ours for n in range(1, name.count(".") + 1)
+    }
+    return digest, frozenset(ours | packages)

@@ -84,7 +84,8 @@ class Progress:
     def _print(self, row: Row, what: str) -> None:
         self.last_line = time.monotonic()
         seconds = f" {row.seconds:.1f} s" if row.state in ("done", "cached") else ""
-        detail = training_line(row.work) if row.state == "running" else row.detail
+        watched = what in ("started", "running")
+        detail = training_line(row.work) if watched else row.detail
         text = f"{time.strftime('%H:%M:%S')} {row.step:<10} {what}{seconds}"
         print(f"{text}  {detail}".rstrip(), flush=True)
 
@@ -102,7 +103,7 @@ class Progress:
                 row.step,
                 row.state,
                 shown,
-                training_line(row.work) if running else row.detail,
+                (training_line(row.work) if running else "") or row.detail,
                 style=style.get(row.state, ""),
             )
         return table
@@ -112,13 +113,14 @@ def training_line(work: str) -> str:
     """`43 %  812 img/s  loss 0.113  ETA 0:31`, or "" for a stage that does not train."""
     try:
         now = json.loads(storage.read_bytes(storage.join(work, "progress.json")))
-    except (FileNotFoundError, ValueError):
+        total, images, rate = now["total"], now["images"], now["images_per_second"]
+        left = _clock(max(0.0, total - images) / rate) if rate > 0 else "?"
+        return (
+            f"{100 * min(1, images / total):.0f} %  {rate:.0f} img/s  loss {now['loss']:.4g}  "
+            f"ETA {left}"
+        )
+    except Exception:  # a line that cannot be read or understood must not stop a run
         return ""
-    left = max(0.0, now["total"] - now["images"]) / max(now["images_per_second"], 1e-9)
-    return (
-        f"{100 * min(1, now['images'] / now['total']):.0f} %  "
-        f"{now['images_per_second']:.0f} img/s  loss {now['loss']:.4g}  ETA {_clock(left)}"
-    )
 
 
 def _clock(seconds: float) -> str:

@@ -25,14 +25,14 @@ def draw(
     """Write a PNG grid of `num` images; returns its path. Raises UserError."""
     if not 1 <= num <= MAX_IMAGES:
         raise UserError(f"--num: {num} must be between 1 and {MAX_IMAGES}")
+    if steps is not None and steps < 1:
+        raise UserError(f"--steps: {steps} must be at least 1")
     try:
         if tracking_uri is not None:
             assert model is not None
             images = _from_registry(model, tracking_uri, num, steps or 1, seed, label)
         else:
-            from consistency import published
-
-            loaded = published.load(_folder(model, workspace))
+            loaded = _load(_folder(model, workspace))
             denoiser = loaded.description.kind == "denoiser"
             default = TEACHER_STEPS if denoiser else 1
             images = loaded.generate(range(num), steps=steps or default, seed=seed, label=label)
@@ -40,17 +40,25 @@ def draw(
         raise UserError(f"sample: {error}") from error
     scale = max(1, 40 // int(images.shape[1]))
     with storage.mendable(str(out)):
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(png.encode_png(png.grid(images, min(10, num), scale=scale)))
     return out.resolve()
 
 
-def _from_registry(
-    model: str, uri: str, num: int, steps: int, seed: int, label: int | None
-) -> Any:
+def _from_registry(model: str, uri: str, num: int, steps: int, seed: int, label: int | None) -> Any:
     from infra import tracking
 
     params = {"steps": steps, "seed": seed, "class": -1 if label is None else label}
     return tracking.predict(uri, model, num, {**params, "output": "uint8"})
+
+
+def _load(folder: Path) -> Any:
+    from consistency import published
+
+    try:
+        return published.load(folder)
+    except Exception as error:  # JSON, safetensors and torch each have their own for damage
+        raise UserError(f"{folder} is not a whole model: {str(error).splitlines()[0]}") from error
 
 
 def _folder(model: str | None, workspace: str) -> Path:

@@ -1,0 +1,188 @@
+"""The product as a user runs it: one process, real Ray, real MLflow; then killed at every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ray
+
+RECIPE = Path(__file__).parent / "assets" / "tiny.yaml"
+STAGES = ["shard", "reference", "teacher", "distill", "isolate", "evaluate", "register", "report"]
+TRAINING = {"teacher", "distill", "isolate"}
+DEADLINE = 180.0
+
+
+def command(workspace, *more):
+    # A checkpoint as often as Ray Train takes one, so that a kill always finds one.
+    return [
+        *(sys.executable, "-m", "pipelines", "run", str(RECIPE), "--workspace", str(workspace)),
+        *("--cluster", "laptop", "cluster.checkpoint_every_seconds=0", *more),
+    ]
+
+
+def environment():
+    drop = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}
+    return {k: v for k, v in os.environ.items() if k not in drop}
+
+
+def run(workspace, *more):
+    return subprocess.run(
+        command(workspace, *more), capture_output=True, text=True, env=environment(), timeout=600
+    )
+
+
+def records(workspace):
+    """Step -> its one COMMIT.json."""
+    found = {}
+    for path in Path(workspace).glob("steps/*/*/COMMIT.json"):
+        record = json.loads(path.read_text())
+        assert record["step"] not in found, "a step was committed under two fingerprints"
+        found[record["step"]] = record
+    return found
+
+
+def versions(workspace):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+    return client.search_model_versions("name='tiny'")
+
+
+def outcome(workspace):
+    """What must not depend on interruptions: weights, scores, pixels."""
+    done = records(workspace)
+    scores = [(s["candidate"], s["steps"], s["percent"]) for s in done["evaluate"]["value"]["scores"]]
+    weights = {step: done[step]["value"]["weights_sha256"] for step in TRAINING}
+    return weights, scores, done["shard"]["value"]["manifest_sha256"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workspace = tmp_path_factory.mktemp("undisturbed")
+    result = run(workspace)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return workspace, result
+
+
+def test_one_command_goes_from_images_to_a_registered_model_and_its_report(undisturbed):
+    workspace, result = undisturbed
+    done = records(workspace)
+    assert set(done) == set(STAGES)
+    (version,) = versions(workspace)
+    assert f"model   tiny version {version.version}" in result.stdout
+    page = Path(result.stdout.strip().splitlines()[-1].split(maxsplit=1)[1])
+    assert page.read_text().startswith("<!doctype html>") or page.stat().st_size > 10_000
+    for record in done.values():
+        assert str(workspace) not in json.dumps(record["value"])  # workspaces can be moved
+
+
+def test_the_registered_model_draws_the_evaluated_images(undisturbed):
+    import mlflow
+    import numpy as np
+
+    workspace, _ = undisturbed
+    mlflow.set_tracking_uri(f"sqlite:///{workspace}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/tiny@champion")
+    done = records(workspace)
+    candidate = done["register"]["value"]["candidate"]
+    evaluate = done["evaluate"]
+    home = Path(workspace) / "steps" / "evaluate" / evaluate["fingerprint"] / "attempts"
+    sheets = np.load(home / evaluate["attempt"] / "samples.npz")
+    for steps in (1, 2):
+        images = model.predict(
+            {"num_samples": [40]}, params={"steps": steps, "seed": 0, "output": "uint8"}
+        )
+        assert np.array_equal(np.asarray(images), sheets[f"{candidate}-{steps}"])
+
+
+def test_a_second_run_does_nothing_and_starts_no_ray(undisturbed):
+    workspace, _ = undisturbed
+    before = {p: p.stat().st_mtime_ns for p in Path(workspace).rglob("COMMIT.json")}
+    result = subprocess.run(
+        [
+            *(sys.executable, "-X", "importtime", "-m", "pipelines", "run", str(RECIPE)),
+            *("--workspace", str(workspace)),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("cached") >= len(STAGES)
+    assert "started" not in result.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert not imported & {"ray", "torch", "mlflow"}
+    assert {p: p.stat().st_mtime_ns for p in Path(workspace).rglob("COMMIT.json")} == before
+    assert len(versions(workspace)) == 1
+
+
+def kill_driver_when(workspace, ready):
+    """Start a run, SIGKILL its driver as soon as `ready()`; False if the run ended before."""
+    log = open(Path(workspace) / "killed.log", "a")  # noqa: SIM115
+    driver = subprocess.Popen(
+        command(workspace), stdout=log, stderr=log, env=environment(), start_new_session=True
+    )
+    end = time.monotonic() + DEADLINE
+    try:
+        while time.monotonic() < end:
+            if ready():
+                driver.send_signal(signal.SIGKILL)
+                return True
+            if driver.poll() is not None:
+                return False
+            time.sleep(0.05)
+        raise AssertionError(f"nothing to kill within {DEADLINE} s: {log.name}")
+    finally:
+        driver.kill()
+        driver.wait()
+        log.close()
+
+
+def started(workspace, stage):
+    """Whether a stage is at work: its attempt is open, and a training stage has a checkpoint."""
+    homes = list((Path(workspace) / "steps" / stage).glob("*"))
+    if stage in TRAINING:
+        return any(home.glob("work/train/checkpoint_manager_snapshot.json") for home in homes) and any(
+            list(home.glob("work/train/images-*/state.json")) for home in homes
+        )
+    return any(list(home.glob("attempts/*")) for home in homes)
+
+
+def test_killed_at_every_stage_it_ends_as_if_undisturbed(undisturbed, tmp_path):
+    reference, _ = undisturbed
+    killed = []
+    for stage in STAGES:
+        if stage in records(tmp_path):
+            continue  # ran beside an earlier one and was done before the kill
+        if kill_driver_when(tmp_path, lambda stage=stage: started(tmp_path, stage)):
+            killed.append(stage)
+    assert {"shard", "teacher", "distill", "evaluate"} <= set(killed)
+
+    kept = {
+        stage: [
+            json.loads(line)
+            for line in sorted(home.glob("work/train/images-*/curve.jsonl"))[-1]
+            .read_text()
+            .splitlines()
+        ]
+        for stage in TRAINING
+        for home in (tmp_path / "steps" / stage).glob("*")
+        if list(home.glob("work/train/images-*/curve.jsonl"))
+    }
+    result = run(tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert outcome(tmp_path) == outcome(reference)
+    assert len(versions(tmp_path)) == 1
+    for stage, points in kept.items():
+        record = records(tmp_path)[stage]
+        home = tmp_path / "steps" / stage / record["fingerprint"]
+        curve = (home / "attempts" / record["attempt"] / "curve.jsonl").read_text().splitlines()
+        # The curve holds measured rates: were the stage trained anew, they would differ.
+        assert [json.loads(line) for line in curve[: len(points)]] == points
