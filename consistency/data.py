@@ -52,7 +52,9 @@ class ImageStream:
             position, count = position + len(taken), count - len(taken)
         return np.concatenate(pieces)
 
-    def batch(self, position: int, total: int, start: int, stop: int, device: torch.device) -> Batch:
+    def batch(
+        self, position: int, total: int, start: int, stop: int, device: torch.device
+    ) -> Batch:
         """Rows [start, stop) of the global batch of `total` images at `position`."""
         chosen = self.indices(position, total)[start:stop]
         pixels = self.images[chosen]

@@ -35,6 +35,9 @@ class Workers:
     device: torch.device = torch.device("cpu")
 
 
+ALONE = Workers()
+
+
 @dataclass(frozen=True)
 class StepLog:
     """After one optimiser step. `loss` is this rank's share of the batch mean, still on device."""
@@ -55,7 +58,7 @@ def train(
     preconditioned: Callable[[nn.Module], nn.Module],
     teacher: Function | None = None,
     seed: int = 0,
-    workers: Workers = Workers(),
+    workers: Workers = ALONE,
 ) -> Iterator[StepLog]:
     """Train from `state.images` to `config.images`.
 

@@ -47,7 +47,9 @@ class ModelDescription:
         """Raises ValueError when a key is missing or unknown."""
         raw = json.loads(text)
         try:
-            network = {k: tuple(v) if isinstance(v, list) else v for k, v in raw["network"].items()}
+            network: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in raw["network"].items()
+            }
             return cls(
                 **{
                     **raw,
@@ -61,9 +63,13 @@ class ModelDescription:
 
 
 def build_network(description: ModelDescription, dropout: float = 0.0) -> UNet:
-    """The inner network F, untrained."""
+    """The inner network F, untrained, in the memory layout it is fastest in.
+
+    Measured on AVX2 cores, 3x3 convolutions at 16 to 32 pixels: channels last 1.0 to 2 times as
+    fast; at 8 pixels no difference. GPU tensor cores want it too.
+    """
     network = description.network
-    return UNet(
+    net = UNet(
         size=description.size,
         image_channels=description.channels,
         num_classes=description.num_classes,
@@ -73,6 +79,7 @@ def build_network(description: ModelDescription, dropout: float = 0.0) -> UNet:
         attention=network.attention,
         dropout=dropout,
     )
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def build(description: ModelDescription, weights: Mapping[str, Tensor]) -> "PublishedModel":

@@ -43,7 +43,8 @@ class RayExecutor:
         self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": gcs}
 
     def capacity(self) -> float:
-        return float(ray.cluster_resources().get("CPU", 0))
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return float(resources.get("CPU", 0))
 
     def submit(self, function: Callable[..., Any], *args: Any, cpus: float, name: str) -> Any:
         task = ray.remote(function).options(
@@ -122,13 +123,13 @@ def train_workers(
         ),
         run_config=RunConfig(
             name=name,
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=checkpoints_kept),
             **run,
         ),
     )
     try:
-        return trainer.fit().return_value
+        return trainer.fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
         causes = getattr(error, "worker_failures", {})
         for cause in causes.values():

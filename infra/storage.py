@@ -299,7 +299,7 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
     def fail(error: OSError) -> None:
         raise error
 
-    if not os.path.exists(root):
+    if not os.path.isdir(root):
         return
     # Data sets are often assembled from linked class folders, so links are followed.
     for folder, _, names in os.walk(root, onerror=fail, followlinks=True):

@@ -53,10 +53,10 @@ def default_tracking_uri(workspace: str) -> str:
     return _SQLITE + quote(storage.absolute(storage.join(workspace, "mlflow.db")), safe="/ #+&=,@~")
 
 
-def artifact_root(workspace: str) -> str | None:
+def artifact_root(workspace: str) -> str:
     """`<workspace>/mlartifacts` for sqlite, which else writes below the current folder."""
     if not storage.is_local(workspace):
-        return None
+        return storage.join(workspace, "mlartifacts")
     return Path(storage.absolute(storage.join(workspace, "mlartifacts"))).as_uri()
 
 

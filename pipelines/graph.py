@@ -1,12 +1,13 @@
 """The product on one page: which steps there are, and what each needs.
 
-    shard -+-> reference --------------------------+
-           +-> teacher -+-> distill ---------------+-> evaluate -> register -> report
-           |            +- - - - - - -> (weights)  |
-           +-> isolate (from scratch: beside all) -+
+shard -+-> reference --------------------------+
+       +-> teacher -+-> distill ---------------+-> evaluate -> register -> report
+       |            +- - - - - - -> (weights)  |
+       +-> isolate (from scratch: beside all) -+
 """
 
 from consistency.config import ConsistencyConfig, TeacherConfig
+from infra import tracking
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -84,7 +85,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         config=register.RegisterStage(
             register=recipe.register,
             recipe=recipe.name,
-            registry=cluster.tracking_uri or "workspace",
+            registry=tracking.without_secrets(cluster.tracking_uri or "workspace"),
         ),
         returns=RegisteredModel,
         inputs={

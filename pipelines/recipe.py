@@ -167,6 +167,8 @@ class Cluster:
             self.checkpoint_every_seconds >= 0,
             f"checkpoint_every_seconds: {self.checkpoint_every_seconds} must be >= 0",
         )
-        require(self.checkpoints_kept >= 1, f"checkpoints_kept: {self.checkpoints_kept} must be >= 1")
+        require(
+            self.checkpoints_kept >= 1, f"checkpoints_kept: {self.checkpoints_kept} must be >= 1"
+        )
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must be >= 0")
         require(self.retries >= 0, f"retries: {self.retries} must be >= 0")

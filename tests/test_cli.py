@@ -567,7 +567,8 @@ def test_a_ray_that_does_not_answer_is_one_line_and_frees_the_workspace(
 def test_a_closed_pipe_ends_quietly_with_141():
     read, write = os.pipe()
     os.close(read)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    buffered = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment = {**buffered, "PYTHONPATH": str(ROOT)}
     with contextlib.closing(os.fdopen(write, "wb")) as pipe:
         argv = [sys.executable, "-m", "pipelines", "plan", "quickstart", "--workspace", "nowhere"]
         done = subprocess.run(argv, stdout=pipe, stderr=subprocess.PIPE, env=environment)

@@ -57,7 +57,8 @@ def versions(workspace):
 def outcome(workspace):
     """What must not depend on interruptions: weights, scores, pixels."""
     done = records(workspace)
-    scores = [(s["candidate"], s["steps"], s["percent"]) for s in done["evaluate"]["value"]["scores"]]
+    rows = done["evaluate"]["value"]["scores"]
+    scores = [(row["candidate"], row["steps"], row["percent"]) for row in rows]
     weights = {step: done[step]["value"]["weights_sha256"] for step in TRAINING}
     return weights, scores, done["shard"]["value"]["manifest_sha256"]
 
@@ -147,11 +148,12 @@ def kill_driver_when(workspace, ready):
 
 def started(workspace, stage):
     """Whether a stage is at work: its attempt is open, and a training stage has a checkpoint."""
+    if not (Path(workspace) / "steps" / stage).exists():
+        return False
     homes = list((Path(workspace) / "steps" / stage).glob("*"))
     if stage in TRAINING:
-        return any(home.glob("work/train/checkpoint_manager_snapshot.json") for home in homes) and any(
-            list(home.glob("work/train/images-*/state.json")) for home in homes
-        )
+        needed = ("checkpoint_manager_snapshot.json", "images-*/state.json")
+        return all(list(home.glob(f"work/train/{name}")) for home in homes for name in needed)
     return any(list(home.glob("attempts/*")) for home in homes)
 
 

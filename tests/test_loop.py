@@ -103,7 +103,10 @@ def fresh(config):
     return TrainState.fresh(net, target, config)
 
 
-def steps(state, config, workers=Workers(), data=None):
+ALONE = Workers()
+
+
+def steps(state, config, workers=ALONE, data=None):
     if isinstance(config, TeacherConfig):
         objective = DenoisingObjective(NOISE.sigma_data, config.P_mean, config.P_std)
         return train(
@@ -163,7 +166,8 @@ def test_every_step_moves_the_network_and_its_averages(name):
     run = steps(state, config)
     for _ in range(2):  # the first step of a warm-up has a learning rate of zero
         next(run)
-    moved = {key.split("/")[0] for key, v in before.items() if not torch.equal(v, weights(state)[key])}
+    after = weights(state)
+    moved = {key.split("/")[0] for key, v in before.items() if not torch.equal(v, after[key])}
     assert moved == {"net", "ema"} | ({"target"} if state.target is not None else set())
 
 

@@ -227,9 +227,9 @@ def test_at_ratio_zero_the_target_is_the_image_itself():
         return torch.full_like(x, 7.0)
 
     batch = gaussian_batch(256)
-    terms = objective(
-        path="noise", pairs=RatioPairs(P_mean=-3.0, P_std=0.1), weight="inverse_gap"
-    )(Nets(f, f), batch, START, random(256))
+    terms = objective(path="noise", pairs=RatioPairs(P_mean=-3.0, P_std=0.1), weight="inverse_gap")(
+        Nets(f, f), batch, START, random(256)
+    )
     expected = ((7.0 - batch.images) ** 2).flatten(1).mean(1) / terms.sigma
     assert torch.allclose(terms.per_sample, expected, rtol=1e-5)
     assert torch.isfinite(seen[1]).all()

@@ -82,9 +82,7 @@ class ConsistencyObjective:
                 return None
 
     @torch.no_grad()
-    def _step_down(
-        self, nets: Nets, batch: Batch, pairs: Pairs, x_t: Tensor, z: Tensor
-    ) -> Tensor:
+    def _step_down(self, nets: Nets, batch: Batch, pairs: Pairs, x_t: Tensor, z: Tensor) -> Tensor:
         """x_r: the same noise (CT), or one step of the teacher's probability-flow ODE (CD)."""
         if self.path == "noise":
             return batch.images + _column(pairs.r) * z

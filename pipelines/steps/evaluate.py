@@ -56,16 +56,13 @@ def run(
         ("isolate", isolate, 1, config.samples),
         ("isolate", isolate, 2, config.samples),
     ]
-    scores, sheets = [], {}
+    scores: list[Score] = []
+    sheets: dict[str, Any] = {}
     for candidate, trained, steps, samples in asked:
         ctx.fetch(trained, "config.json")
         model = published.load(ctx.fetch(trained, "weights.safetensors").parent)
-        model = replace(
-            model, description=replace(model.description, mid_sigma=config.mid_sigma)
-        )
-        distance, percent, agreement, sheet = yardstick.measure(
-            model, steps, samples, config.seed
-        )
+        model = replace(model, description=replace(model.description, mid_sigma=config.mid_sigma))
+        distance, percent, agreement, sheet = yardstick.measure(model, steps, samples, config.seed)
         grid = f"{candidate}-{steps}.png"
         (ctx.out / grid).write_bytes(png.encode_png(png.grid(sheet, 10, scale=_scale(sheet))))
         sheets[f"{candidate}-{steps}"] = sheet
@@ -111,9 +108,7 @@ class _Yardstick:
         self.net.load_state_dict(load_file(ctx.fetch(reference, "features.safetensors")))
         self.net.eval()
         self.classes = about.num_classes
-        self.stats = GaussianStats.from_dict(
-            load_arrays(ctx.fetch(reference, "stats.safetensors"))
-        )
+        self.stats = GaussianStats.from_dict(load_arrays(ctx.fetch(reference, "stats.safetensors")))
 
     def measure(
         self, model: "PublishedModel", steps: int, samples: int, seed: int

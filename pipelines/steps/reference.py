@@ -11,9 +11,7 @@ from pipelines.recipe import ReferenceConfig
 METRIC = "fd_domain"  # Frechet distance under the domain's own classifier; never called FID
 
 
-def run(
-    ctx: StepContext, config: ReferenceConfig, shard: Committed[ShardSet]
-) -> ReferenceStats:
+def run(ctx: StepContext, config: ReferenceConfig, shard: Committed[ShardSet]) -> ReferenceStats:
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -42,7 +40,9 @@ def run(
         GaussianStats.from_features(features[order[:half]]),
         GaussianStats.from_features(features[order[half:]]),
     )
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, ctx.out / "features.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in net.state_dict().items()}, ctx.out / "features.safetensors"
+    )
     save_file(
         {
             "n": torch.tensor(stats.n),

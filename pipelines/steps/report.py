@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ class ReportConfig:
     """What the page repeats and no input tells."""
 
     recipe_name: str
-    recipe_yaml: str  # resolved, defaults filled in
+    # Resolved, defaults filled in. The inputs' fingerprints hold all that matters of it.
+    recipe_yaml: str = field(metadata={"identity": False})
     isolate_uses_teacher: bool  # starts from the teacher's weights
 
 
