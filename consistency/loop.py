@@ -26,13 +26,16 @@ class NonFiniteLoss(Exception):
     """The loss became NaN or infinite; the text says at which step, noise levels and rank."""
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Workers:
     """This process among its peers."""
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
 
 ALONE = Workers()

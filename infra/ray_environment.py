@@ -17,7 +17,7 @@ TASKS = {
 
 
 def prepare(address: str) -> None:
-    """Set what a driver needs; a local Ray of our own gets a token that is never written to disk."""
+    """Set what a driver needs; a local Ray of our own gets a token never written to disk."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local":
         assert "ray" not in sys.modules, "Ray has read its environment already"
