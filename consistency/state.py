@@ -115,11 +115,19 @@ class TrainState:
         return tensors
 
     def _restore_optimizer(self, saved: dict[str, Tensor]) -> None:
-        """Give the optimizer its per-parameter slots, which a fresh one lacks."""
+        """Give the optimizer its per-parameter slots, which a fresh one lacks.
+
+        Each slot takes its parameter's memory layout: fused Adam walks both by address, and would
+        pair the wrong elements of a channels-last weight and a contiguous moment, in silence.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name in [name for name in saved if name.startswith("optimizer/")]:
             _, index, key = name.split("/", 2)
-            state.setdefault(int(index), {})[key] = saved[name]
+            value, parameter = saved[name], parameters[int(index)]
+            if value.shape == parameter.shape:
+                value = torch.empty_like(parameter, device="cpu").copy_(value)
+            state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -60,15 +60,6 @@ def artifact_root(workspace: str) -> str:
     return Path(storage.absolute(storage.join(workspace, "mlartifacts"))).as_uri()
 
 
-def prepare(uri: str, experiment: str, artifact_root: str | None) -> None:
-    """Create the database and the experiment, once, before steps run side by side.
-
-    Raises UserError when the server cannot be reached, opened or understood.
-    """
-    with _user_errors(uri):
-        experiment_id(connect(uri), uri, experiment, artifact_root)
-
-
 def probe(uri: str) -> None:
     """Ask the server for something: a green /health does not mean that clients may talk to it.
 
@@ -190,12 +181,14 @@ def open_run(
 ) -> str:
     """Id of the run of `fingerprint`, found or created, now RUNNING: a resumed stage goes on in it.
 
-    Parameters are logged once; those already there are left alone.
+    Parameters are logged once; those already there are left alone. Raises UserError when the
+    server cannot be reached, opened or understood.
     """
-    client = connect(uri)
     from mlflow.entities import Param
 
-    home = experiment_id(client, uri, experiment, artifact_root)
+    with _user_errors(uri):
+        client = connect(uri)
+        home = experiment_id(client, uri, experiment, artifact_root)
     found = client.search_runs(
         [home],
         f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'",

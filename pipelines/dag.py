@@ -52,6 +52,15 @@ class Step:
     version: str = "1"  # raise it when a code change must not reuse old results
     cpus: float = 1  # held by the step's own process
     trains: bool = False  # launches cluster.workers training workers beside itself
+    # Prefix of a config path -> prefix of the recipe key a person wrote, for reasons.
+    written: tuple[str, str] = ("", "")
+    # For effects outside the workspace: what of a committed value is no longer there, or None.
+    lost: Callable[[Any], str | None] | None = None
+
+    def as_written(self, path: str) -> str:
+        """`training.lr: ...` of a config, as the recipe's `teacher.lr: ...`."""
+        own, recipe = self.written
+        return recipe + path[len(own) :] if path.startswith(own) else path
 
     def identity(self) -> "Identity":
         """What the fingerprint hashes."""
@@ -268,6 +277,8 @@ def _plan_one(step: Step, workspace: str) -> Planned:
         return Planned(step, name, "to run", _reason(step, workspace, home), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # of another shape
         return Planned(step, name, "to run", f"its record is unreadable: {error}", None)
+    if wrong is None and step.lost is not None:
+        wrong = step.lost(committed.value)
     if wrong is not None:
         return Planned(step, name, "to run", f"damaged: {wrong}", None)
     return Planned(step, name, "cached", f"committed {record['ended'][:19]}", committed, drifted)
@@ -286,7 +297,7 @@ def _reason(step: Step, workspace: str, home: str) -> str:
         return "never run"
     new: Any = canonical(step.identity())
     old = latest["identity"]
-    changes = [_short(change) for change in diff(old["config"], new["config"])]
+    changes = [_short(step.as_written(line)) for line in diff(old["config"], new["config"])]
     if old["version"] != new["version"]:
         changes.insert(0, f"version: {old['version']} -> {new['version']}")
     before = {i["name"]: i["fingerprint"] for i in old["inputs"]}

@@ -6,6 +6,8 @@ shard -+-> reference --------------------------+
        +-> isolate (from scratch: beside all) -+
 """
 
+from functools import partial
+
 from consistency.config import ConsistencyConfig, TeacherConfig
 from infra import tracking
 from pipelines.artifacts import (
@@ -33,6 +35,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     shards = Step(name="shard", run=shard.run, config=source, returns=ShardSet)
     yardstick = Step(
         name="reference",
+        written=("", "reference."),
         run=reference.run,
         config=recipe.reference,
         returns=ReferenceStats,
@@ -40,6 +43,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     )
     diffusion = Step(
         name="teacher",
+        written=("training.", "teacher."),
         run=teacher.run,
         config=_stage(recipe, recipe.teacher),
         returns=TrainedModel,
@@ -49,6 +53,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     )
     distilled = Step(
         name="distill",
+        written=("training.", "distill."),
         run=distill.run,
         config=_stage(recipe, recipe.distill),
         returns=TrainedModel,
@@ -59,6 +64,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     from_teacher = {"teacher": diffusion} if recipe.isolate.uses_teacher else {}
     isolated = Step(
         name="isolate",
+        written=("training.", "isolate."),
         run=isolate.run,
         config=_stage(recipe, recipe.isolate),
         returns=TrainedModel,
@@ -68,6 +74,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     )
     evaluated = Step(
         name="evaluate",
+        written=("", "evaluate."),
         run=evaluate.run,
         config=recipe.evaluate,
         returns=Evaluation,
@@ -88,6 +95,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
             registry=tracking.without_secrets(cluster.tracking_uri or "workspace"),
         ),
         returns=RegisteredModel,
+        lost=partial(register.lost, cluster.tracking_uri, cluster.workspace),
         inputs={
             "shard": shards,
             "teacher": diffusion,

@@ -188,3 +188,30 @@ def test_killed_at_every_stage_it_ends_as_if_undisturbed(undisturbed, tmp_path):
         curve = (home / "attempts" / record["attempt"] / "curve.jsonl").read_text().splitlines()
         # The curve holds measured rates: were the stage trained anew, they would differ.
         assert [json.loads(line) for line in curve[: len(points)]] == points
+
+
+def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_leaves_no_process(tmp_path):
+    import psutil
+
+    with open(tmp_path / "out.log", "w") as log:
+        driver = subprocess.Popen(
+            command(tmp_path / "space"),
+            stdout=log,
+            stderr=log,
+            env=environment(),
+            start_new_session=True,
+        )
+        end = time.monotonic() + DEADLINE
+        while not started(tmp_path / "space", "teacher"):
+            assert driver.poll() is None, (tmp_path / "out.log").read_text()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        os.killpg(driver.pid, signal.SIGINT)  # what a terminal does
+        assert driver.wait(timeout=60) == 130
+    text = (tmp_path / "out.log").read_text()
+    assert "the same command goes on where it stopped" in text
+    assert "Traceback" not in text
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
+    assert "teacher" not in records(tmp_path / "space")

@@ -63,7 +63,8 @@ def write_model(folder: Path, seed: int = 0) -> str:
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with the schema, and two model folders."""
     folder = tmp_path_factory.mktemp("template")
-    tracking.prepare(tracking.default_tracking_uri(str(folder)), "empty", None)
+    uri = tracking.default_tracking_uri(str(folder))
+    tracking.open_run(uri, "empty", "empty", "empty", None, {}, {})
     write_model(folder / "distill", seed=1)
     write_model(folder / "isolate", seed=2)
     return folder

@@ -17,10 +17,14 @@ from infra.errors import UserError
 REPO = Path(__file__).parents[1]
 
 
+def open_any_run(uri: str, artifact_root: str | None = None) -> str:
+    return tracking.open_run(uri, "tiny", "teacher", "f0", artifact_root, {}, {})
+
+
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
-    tracking.prepare(tracking.default_tracking_uri(str(folder)), "empty", None)
+    open_any_run(tracking.default_tracking_uri(str(folder)))
     return folder
 
 
@@ -76,7 +80,7 @@ def test_prepare_makes_a_whole_database_and_nothing_in_the_current_folder(
     odd = tmp_path / "a%20b what?"
     uri = tracking.default_tracking_uri(str(odd))
     for _ in range(2):
-        tracking.prepare(uri, "tiny", tracking.artifact_root(str(odd)))
+        open_any_run(uri, tracking.artifact_root(str(odd)))
     assert not list(here.iterdir())
     assert sorted(p.name for p in odd.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
     home = tracking.connect(uri).get_experiment_by_name("tiny")
@@ -136,7 +140,7 @@ def test_a_server_that_cannot_be_used_is_one_line_without_the_password(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     (tmp_path / "file").touch()
     (tmp_path / "text.db").write_text("this is no database, but some text " * 100)
-    for check in (lambda u: tracking.prepare(u, "tiny", None), tracking.probe):
+    for check in (open_any_run, tracking.probe):
         if "/file/" in uri and check is tracking.probe:
             continue
         with pytest.raises(UserError, match=says) as caught:

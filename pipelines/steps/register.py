@@ -119,6 +119,16 @@ def run(
     )
 
 
+def lost(tracking_uri: str | None, workspace: str, value: RegisteredModel) -> str | None:
+    """Whether the registry still holds what a committed step registered; None when it does."""
+    from infra import registry, tracking
+
+    uri = tracking_uri or tracking.default_tracking_uri(workspace)
+    if registry.verify_registered(uri, value.name, value.version, value.digest):
+        return None
+    return f"the registry no longer holds {value.name} version {value.version}"
+
+
 def best_candidate(evaluation: Evaluation, candidates: tuple[str, ...], steps: int) -> str:
     """The one of lowest percent at `steps`; a distance that is not finite comes last."""
 
