@@ -44,12 +44,61 @@ class NetworkConfig:
     class_conditional: bool = False
 
     def __post_init__(self) -> None:
-        require(self.channels >= 4, f"channels: {self.channels} must be >= 4")
+        require(
+            self.channels >= 4 and self.channels % 2 == 0,
+            f"channels: {self.channels} must be even and >= 4",
+        )
         require(
             len(self.channel_mult) > 0 and min(self.channel_mult) >= 1,
-            "channel_mult: needs at least one level, each >= 1",
+            f"channel_mult: {list(self.channel_mult)} needs at least one level, each >= 1",
         )
         require(self.num_blocks >= 1, f"num_blocks: {self.num_blocks} must be >= 1")
+        require(
+            all(side >= 1 for side in self.attention),
+            f"attention: {list(self.attention)} must hold sides in pixels, each >= 1",
+        )
+        for width in sorted(self._widths()):
+            groups = norm_groups(width)
+            require(
+                width % groups == 0,
+                f"channels: {self.channels} makes a layer of {width} channels, which does not "
+                f"divide into {groups} groups; take a multiple of 32",
+            )
+
+    def _widths(self) -> set[int]:
+        """Channels of every normalised layer, the decoder's concatenations with skips included."""
+        c = self.channels
+        widths, skips = {c}, [c]
+        for level, mult in enumerate(self.channel_mult):
+            skips += [c] if level else []  # the halving layer
+            c = self.channels * mult
+            skips += [c] * self.num_blocks
+            widths.add(c)
+        for mult in reversed(self.channel_mult):
+            for _ in range(self.num_blocks + 1):
+                widths.add(c + skips.pop())
+                c = self.channels * mult
+        return widths
+
+
+def norm_groups(width: int) -> int:
+    """Groups of a GroupNorm: at least 4 channels in each, at most 32 groups (EDM)."""
+    return min(32, width // 4)
+
+
+def check_network(network: NetworkConfig, size: int) -> None:
+    """Whether a network fits square images of `size` pixels; ValueError naming the field if not."""
+    halvings = len(network.channel_mult) - 1
+    require(
+        size >= 2**halvings and size % 2**halvings == 0,
+        f"channel_mult: {list(network.channel_mult)} halves the image {halvings} times, but "
+        f"{size} pixels are not divisible by {2**halvings}",
+    )
+    reached = [size >> level for level in range(halvings + 1)]
+    missed = sorted(set(network.attention) - set(reached))
+    require(
+        not missed, f"attention: {missed} is never reached, only {reached} are (of {size} pixels)"
+    )
 
 
 # --- sampling EMAs (what is evaluated and published; not the target network) -------------------

@@ -74,6 +74,23 @@ class FeatureNet(nn.Module):
         return logits
 
 
+def feature_net_for(
+    *,
+    size: int,
+    image_channels: int,
+    num_classes: int,
+    generator: torch.Generator | None = None,
+) -> FeatureNet:
+    """The untrained net for data of `num_classes`: with fewer than 2, its outputs are rotations.
+
+    Whoever loads what `train_feature_net` made builds it here, so that both have equal shapes.
+    """
+    outputs = num_classes if num_classes >= 2 else ROTATIONS
+    return FeatureNet(
+        size=size, image_channels=image_channels, num_classes=outputs, generator=generator
+    )
+
+
 def train_feature_net(
     images_u8: NDArray[np.uint8],
     labels: NDArray[np.int64],
@@ -98,10 +115,10 @@ def train_feature_net(
     if not rotations:
         _check_labels(labels, len(images_u8), num_classes)
     generator = torch.Generator().manual_seed(seed)
-    net = FeatureNet(
+    net = feature_net_for(
         size=images_u8.shape[1],
         image_channels=images_u8.shape[-1],
-        num_classes=ROTATIONS if rotations else num_classes,
+        num_classes=num_classes,
         generator=generator,
     )
     _check_images(net, images_u8)

@@ -62,7 +62,7 @@ class GaussianStats:
         return self.m2 / (self.n - 1)
 
     def to_dict(self) -> dict[str, NDArray[np.generic]]:
-        """{"n", "mean", "m2"} as arrays, ready for `np.savez`."""
+        """{"n", "mean", "m2"} as arrays, ready for a file."""
         return {"n": np.asarray(self.n, dtype=np.int64), "mean": self.mean, "m2": self.m2}
 
     @classmethod

@@ -17,6 +17,7 @@ import ray.exceptions
 
 from infra import ray_environment, storage
 from infra.errors import UserError, WorkerLost
+from infra.resources import Resources
 
 if TYPE_CHECKING:
     import torch
@@ -42,13 +43,14 @@ class RayExecutor:
         gcs = ray.get_runtime_context().gcs_address
         self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": gcs}
 
-    def capacity(self) -> float:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return float(resources.get("CPU", 0))
+    def capacity(self) -> Resources:
+        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
 
-    def submit(self, function: Callable[..., Any], *args: Any, cpus: float, name: str) -> Any:
+    def submit(self, function: Callable[..., Any], *args: Any, needs: Resources, name: str) -> Any:
         task = ray.remote(function).options(
-            num_cpus=cpus,
+            num_cpus=needs.cpus,
+            num_gpus=needs.gpus,
             max_retries=0,
             name=name,
             runtime_env={"env_vars": self.environment},

@@ -14,7 +14,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -241,25 +241,30 @@ class MetricWriter:
     The step of a metric is images seen. What the run already holds is not logged again, so a
     resumed stage leaves one point per step: a floor `after`, and per metric the last point found.
     A tracking server that fails costs metrics, never training: one warning, then retries.
+
+    `run` is a run's id, or a function that opens it: called in the thread, since importing mlflow
+    and finding a run take seconds a training step should not wait for. A run opened here is also
+    ended here, as FINISHED, or as FAILED when the block raised.
     """
 
     def __init__(
         self,
         uri: str,
-        run_id: str,
+        run: str | Callable[[], str],
         *,
         after: int = 0,
         enabled: bool = True,
         interval: float = 2.0,
         deadline: float = 30.0,
     ) -> None:
-        self._uri, self._run_id, self._after = uri, run_id, after
+        self._uri, self._run, self._after = uri, run, after
+        self._status = "FINISHED"
         self._interval, self._deadline = interval, deadline
         self._queue: queue.SimpleQueue[tuple[int, int, dict[str, float]]] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._pending: list[Metric] = []
         self.failures = 0
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
         self._enabled = enabled
         if enabled:
             self._thread.start()
@@ -273,6 +278,8 @@ class MetricWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self._status = "FAILED"
         self.close()
 
     def log(self, images: int, metrics: Mapping[str, float]) -> None:
@@ -290,8 +297,9 @@ class MetricWriter:
         if left:
             _log.warning("%d metric records did not reach the tracking server", left)
 
-    def _run(self) -> None:
+    def _work(self) -> None:
         client: MlflowClient | None = None
+        run_id = ""
         last: dict[str, int] = {}
         end = math.inf
         while True:
@@ -299,14 +307,17 @@ class MetricWriter:
             end = min(end, time.monotonic() + self._deadline) if stopping else math.inf
             try:
                 if client is None:
+                    run_id = self._run if isinstance(self._run, str) else self._run()
                     client = connect(self._uri)
-                    last = _last_steps(client, self._run_id)
+                    last = _last_steps(client, run_id)
                 self._drain(last)
                 while self._pending:
-                    client.log_batch(self._run_id, metrics=self._pending[:1000])
+                    client.log_batch(run_id, metrics=self._pending[:1000])
                     del self._pending[:1000]
                 self.failures = 0
                 if stopping and self._queue.empty():
+                    if not isinstance(self._run, str):
+                        client.set_terminated(run_id, self._status)
                     return
             except Exception as error:  # whatever ails the server, training goes on
                 self.failures += 1

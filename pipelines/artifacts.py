@@ -1,12 +1,18 @@
 """What steps hand to each other: small typed values, JSON-able, with paths relative to their home.
 
 A committed step is a directory (`Committed.url`) plus one of these values. Values never hold
-absolute paths, so a workspace can be moved or mounted elsewhere.
+absolute paths, so committed steps outlive a move of the workspace. (A registry in sqlite does not:
+MLflow itself records absolute paths, see `infra.tracking`.)
 """
 
 import dataclasses
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+
+MEASURED = {"measured": True}  # depends on the clock, so no part of what a result is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,7 @@ class ReferenceStats:
 
     metric: str  # its own name, never "fid"
     count: int
-    accuracy: float
+    accuracy: float | None  # of the feature net; None when there are no two classes to tell apart
     total_variance: float  # trace of the covariance, the unit of "percent"
     halves_percent: float  # distance between two halves of the real images: the floor
 
@@ -46,8 +52,8 @@ class TrainedModel:
     images: int
     steps: int
     parameters: int
-    final_loss: float
-    train_seconds: float
+    final_loss: float = field(metadata=MEASURED)
+    train_seconds: float = field(metadata=MEASURED)
     weights_sha256: str
 
 
@@ -117,6 +123,23 @@ class Committed(Generic[T]):
 def to_json(value: Any) -> dict[str, Any]:
     """A value of this module as plain JSON types."""
     return dataclasses.asdict(value)
+
+
+def content_of(value: Any) -> str:
+    """Digest of what a value says, measured fields apart: equal means "the same result again"."""
+    said = {
+        item.name: to_json_field(getattr(value, item.name))
+        for item in dataclasses.fields(value)
+        if not item.metadata.get("measured")
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_json_field(value: Any) -> Any:
+    """One field of a value as plain JSON types."""
+    if isinstance(value, tuple):
+        return [to_json_field(item) for item in value]
+    return to_json(value) if dataclasses.is_dataclass(value) else value
 
 
 def from_json(cls: type, raw: Any) -> Any:

@@ -21,14 +21,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from infra import storage
 from infra.errors import UserError, WorkerLost
+from infra.resources import Resources
 from pipelines import drift
-from pipelines.artifacts import Committed, from_json, to_json
+from pipelines.artifacts import Committed, content_of, from_json, to_json
 from pipelines.fingerprint import canonical, diff, fingerprint_of
 from pipelines.recipe import Cluster
 
@@ -51,6 +52,7 @@ class Step:
     inputs: Mapping[str, "Step"] = field(default_factory=dict)  # argument name -> step
     version: str = "1"  # raise it when a code change must not reuse old results
     cpus: float = 1  # held by the step's own process
+    on_gpu: bool = False  # takes a GPU for itself where the cluster's workers have them
     trains: bool = False  # launches cluster.workers training workers beside itself
     # Prefix of a config path -> prefix of the recipe key a person wrote, for reasons.
     written: tuple[str, str] = ("", "")
@@ -127,11 +129,13 @@ class StepContext:
 class Executor(Protocol):
     """Where steps run. The product uses Ray (infra.cluster); tests may run them in-process."""
 
-    def capacity(self) -> float:
-        """CPUs in all."""
+    def capacity(self) -> Resources:
+        """What there is in all."""
         ...
 
-    def submit(self, function: Callable[..., Any], *args: Any, cpus: float, name: str) -> Any: ...
+    def submit(
+        self, function: Callable[..., Any], *args: Any, needs: Resources, name: str
+    ) -> Any: ...
 
     def wait(self, handles: Sequence[Any], timeout: float) -> list[Any]:
         """Those that are finished."""
@@ -261,11 +265,11 @@ def plan(targets: Sequence[Step], workspace: str) -> list[Planned]:
     """What a run would reuse and what it would do, with the reason; touches nothing."""
     planned: dict[str, Planned] = {}
     for step in topological(targets):
-        planned[step.name] = _plan_one(step, workspace)
+        planned[step.name] = _plan_one(step, workspace, planned)
     return list(planned.values())
 
 
-def _plan_one(step: Step, workspace: str) -> Planned:
+def _plan_one(step: Step, workspace: str, planned: Mapping[str, Planned]) -> Planned:
     home = home_of(workspace, step)
     name = fingerprint(step)
     try:
@@ -281,12 +285,16 @@ def _plan_one(step: Step, workspace: str) -> Planned:
         wrong = step.lost(committed.value)
     if wrong is not None:
         return Planned(step, name, "to run", f"damaged: {wrong}", None)
+    for alias, needed in step.inputs.items():
+        source = planned[needed.name].committed
+        if source is not None and content_of(source.value) != record["inputs"][alias]:
+            return Planned(step, name, "to run", f"input {alias} was made anew and differs", None)
     return Planned(step, name, "cached", f"committed {record['ended'][:19]}", committed, drifted)
 
 
 def _reason(step: Step, workspace: str, home: str) -> str:
     """Why there is no commit, in one line: interrupted, never run, or what changed."""
-    if storage.list_dir(storage.join(home, "work")):
+    if any(name.startswith("images-") for name in storage.list_dir(f"{home}/work/train")):
         return "interrupted: goes on from its last checkpoint"
     if any(name.startswith("COMMIT.bad-") for name in storage.list_dir(home)):
         return "an earlier result was set aside"
@@ -351,8 +359,8 @@ def execute(
                 line.step.name, "cached", seconds, line.fingerprint
             )
             yield Event(line.step.name, "cached", seconds=seconds)
-        elif line.reason.startswith(("damaged", "its record")):
-            _quarantine(home_of(settings.workspace, line.step))
+        elif storage.exists(storage.join(home_of(settings.workspace, line.step), "COMMIT.json")):
+            set_aside(settings.workspace, line.step)
     waiting = [line.step for line in lines if line.step.name not in done]
     if not waiting:
         return
@@ -369,7 +377,7 @@ def execute(
                     waiting.remove(step)
                     failures.setdefault(step.name, StepsFailed({}, {}))
                     yield Event(step.name, "skipped", "an input failed")
-                elif all(i.name in done for i in step.inputs.values()) and _fits(
+                elif all(name in done for name in _ancestors(step)) and _fits(
                     step, running, executor, settings.cluster
                 ):
                     waiting.remove(step)
@@ -402,6 +410,12 @@ def execute(
                         step.name, "ran", seconds, record["fingerprint"]
                     )
                     yield Event(step.name, "done", seconds=seconds)
+                    # A cached result stands only while its inputs are what it was made from.
+                    for line in lines:
+                        if line.step.name in done and _outdated(line, done, settings.workspace):
+                            del done[line.step.name]
+                            set_aside(settings.workspace, line.step)
+                            waiting.append(line.step)
             yield None
     except BaseException:
         executor.cancel(list(running))
@@ -413,28 +427,63 @@ def execute(
         raise StepsFailed(real, logs)
 
 
+def _ancestors(step: Step) -> set[str]:
+    """Names of everything a step is made from."""
+    names = {needed.name for needed in step.inputs.values()}
+    return names.union(*(_ancestors(needed) for needed in step.inputs.values()))
+
+
+def _outdated(line: Planned, done: Mapping[str, Committed[Any]], workspace: str) -> bool:
+    """Whether an input was made anew and came out different from the one recorded."""
+    recorded = read_record(home_of(workspace, line.step))["inputs"]
+    given = {alias: done.get(needed.name) for alias, needed in line.step.inputs.items()}
+    return any(
+        committed is not None and content_of(committed.value) != recorded[alias]
+        for alias, committed in given.items()
+    )
+
+
 def _fits(
     step: Step, running: Mapping[Any, tuple[Step, int]], executor: Executor, cluster: Cluster
 ) -> bool:
-    """Gang admission: a stage starts when its own CPUs and its workers' are free."""
-    used = sum(_demand(step, cluster) for step, _ in running.values())
-    return not running or used + _demand(step, cluster) <= executor.capacity()
+    """Gang admission: a stage starts when what it and its workers need is free."""
+    total = _demand(step, cluster)
+    for other, _ in running.values():
+        total += _demand(other, cluster)
+    return not running or total.within(executor.capacity())
 
 
-def _demand(step: Step, cluster: Cluster) -> float:
-    """CPUs of the step's own process and of its training workers."""
-    return step.cpus + (cluster.workers * cluster.cpus_per_worker if step.trains else 0)
+def _own(step: Step, cluster: Cluster) -> Resources:
+    """What the step's own process holds."""
+    return Resources(step.cpus, 1.0 if step.on_gpu and cluster.gpus_per_worker > 0 else 0.0)
+
+
+def _workers(cluster: Cluster) -> Resources:
+    """What the workers of one training stage hold."""
+    workers = cluster.workers
+    return Resources(workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+
+
+def _demand(step: Step, cluster: Cluster) -> Resources:
+    own = _own(step, cluster)
+    return own + _workers(cluster) if step.trains else own
 
 
 def _refuse_what_never_fits(steps: Sequence[Step], executor: Executor, cluster: Cluster) -> None:
     """Workers that one machine cannot hold would wait for ever; other clusters may grow."""
-    workers = cluster.workers * cluster.cpus_per_worker
-    capacity = executor.capacity()
-    if cluster.address == "local" and workers > capacity and any(step.trains for step in steps):
+    if cluster.address != "local" or not any(step.trains for step in steps):
+        return
+    need, capacity = _workers(cluster), executor.capacity()
+    if need.cpus > capacity.cpus:
         raise UserError(
             f"cluster.workers: {cluster.workers} of cpus_per_worker {cluster.cpus_per_worker} need "
-            f"{workers} CPUs, this machine has {capacity:g}; lower them in the cluster file, or "
-            f"with cluster.workers=1 cluster.cpus_per_worker=1"
+            f"{need.cpus:g} CPUs, this machine has {capacity.cpus:g}; lower them in the cluster "
+            f"file, or with cluster.workers=1 cluster.cpus_per_worker=1"
+        )
+    if need.gpus > capacity.gpus:
+        raise UserError(
+            f"cluster.gpus_per_worker: {cluster.workers} workers need {need.gpus:g} GPUs, this "
+            f"machine has {capacity.gpus:g}; use --cluster laptop, or cluster.gpus_per_worker=0"
         )
 
 
@@ -446,9 +495,10 @@ def _submit(
     history: Mapping[str, StepHistory],
 ) -> Any:
     inputs = {alias: done[needed.name] for alias, needed in step.inputs.items()}
-    cpus = min(step.cpus, executor.capacity())
     past = tuple(history.values())
-    return executor.submit(run_attempt, step, settings, inputs, past, cpus=cpus, name=step.name)
+    needs = _own(step, settings.cluster)
+    needs = replace(needs, cpus=min(needs.cpus, executor.capacity().cpus))
+    return executor.submit(run_attempt, step, settings, inputs, past, needs=needs, name=step.name)
 
 
 def set_aside(workspace: str, step: Step) -> None:
@@ -460,7 +510,7 @@ def set_aside(workspace: str, step: Step) -> None:
 
 
 def _quarantine(home: str) -> None:
-    """Set a bad record aside, so that the step can be committed anew."""
+    """Set a record aside, so that the step can be committed anew."""
     commit = storage.join(home, "COMMIT.json")
     aside = storage.join(home, f"COMMIT.bad-{time.time_ns()}.json")
     storage.write_bytes(aside, storage.read_bytes(commit))
@@ -508,6 +558,7 @@ def run_attempt(
             "fingerprint": name,
             "identity": canonical(step.identity()),
             "attempt": attempt,
+            "inputs": {alias: content_of(given.value) for alias, given in inputs.items()},
             "value": to_json(value),
             "files": [vars(file) for file in files],
             "started": _iso(started),
@@ -518,6 +569,7 @@ def run_attempt(
         }
         data = json.dumps(record, indent=1, sort_keys=True).encode()
         storage.put_if_absent(storage.join(home, "COMMIT.json"), data)
+        storage.remove_tree(storage.join(home, "work"))  # checkpoints have served
         return read_record(home)  # another attempt may have been first; its result is the result
     except UserError:
         raise

@@ -35,6 +35,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     shards = Step(name="shard", run=shard.run, config=source, returns=ShardSet)
     yardstick = Step(
         name="reference",
+        on_gpu=True,
         written=("", "reference."),
         run=reference.run,
         config=recipe.reference,
@@ -74,6 +75,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     )
     evaluated = Step(
         name="evaluate",
+        on_gpu=True,
         written=("", "evaluate."),
         run=evaluate.run,
         config=recipe.evaluate,

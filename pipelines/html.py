@@ -222,13 +222,22 @@ def _metrics(page: Page) -> str:
             f"<td>{figure(s.distance, 4)}</td><td>{agreement}</td><td>{s.evaluations}</td>"
             f"<td>{s.samples:,}</td><td>{escape(s.sampler)}</td><td>{_levels(s)}</td></tr>"
         )
-    floor = page.evaluation.floor_percent
+    floor, accuracy = page.evaluation.floor_percent, page.reference.accuracy
+    agreed = "–" if accuracy is None else f"{100 * accuracy:.1f} %"
     rows.append(
         '<tr class="floor"><th scope="row">two halves of the real images</th><td>–</td>'
         f"<td><b>{_percent(floor)}</b></td>"
         f"<td>{figure(floor * page.reference.total_variance / 100, 4)}</td>"
-        f"<td>{100 * page.reference.accuracy:.1f} %</td><td>–</td>"
+        f"<td>{agreed}</td><td>–</td>"
         f"<td>{page.reference.count:,}</td><td>–</td><td>–</td></tr>"
+    )
+    classes = (
+        ""
+        if accuracy is None
+        else (
+            " Class agreement is the share of samples the classifier puts into the class asked for; it "
+            f"names {agreed} of the real images rightly."
+        )
     )
     heads = "candidate|steps|of total variance|distance|class agreement|evaluations|samples|sampler"
     head = "".join(f'<th scope="col">{h}</th>' for h in (*heads.split("|"), "levels σ"))
@@ -238,9 +247,7 @@ def _metrics(page: Page) -> str:
         "the features of a small classifier trained on these very shards: it is not FID, and no "
         "published FID compares with it. The percentage is 100 × distance / total variance of the "
         f"real features ({figure(page.reference.total_variance, 4)}); two halves of the real "
-        f"images lie {_percent(floor)} apart, so differences of that size say little. Class "
-        "agreement is the share of samples the classifier puts into the class asked for; it names "
-        f"{100 * page.reference.accuracy:.1f} % of the real images rightly.</p>\n"
+        f"images lie {_percent(floor)} apart, so differences of that size say little.{classes}</p>\n"
         f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
     )

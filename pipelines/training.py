@@ -3,6 +3,7 @@
 Teacher, distillation and isolation differ in their objective only; they all pass through here.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -53,7 +54,21 @@ class StageJob:
     checkpoint_every_seconds: float
     cpus_per_worker: int
     tracking_uri: str
-    run_id: str
+    experiment: str
+    fingerprint: str
+    artifact_root: str
+
+    def open_run(self) -> str:
+        """The MLflow run of this stage, found or created."""
+        return tracking.open_run(
+            self.tracking_uri,
+            self.experiment,
+            self.step,
+            self.fingerprint,
+            self.artifact_root,
+            params=_flat(self.config),
+            tags={"cmforge.step": self.step},
+        )
 
 
 def run_stage(
@@ -83,15 +98,6 @@ def run_stage(
             f"{ctx.step}.batch: {training.batch} is less than the cluster's {ctx.cluster.workers} "
             f"workers; raise it, or lower workers in the cluster file"
         )
-    run_id = tracking.open_run(
-        ctx.tracking_uri,
-        ctx.experiment,
-        ctx.step,
-        ctx.fingerprint,
-        tracking.artifact_root(ctx.workspace),
-        params=_flat(training),
-        tags={"cmforge.step": ctx.step},
-    )
     job = StageJob(
         step=ctx.step,
         description=about.to_json(),
@@ -106,26 +112,23 @@ def run_stage(
         checkpoint_every_seconds=ctx.cluster.checkpoint_every_seconds,
         cpus_per_worker=ctx.cluster.cpus_per_worker,
         tracking_uri=ctx.tracking_uri,
-        run_id=run_id,
+        experiment=ctx.experiment,
+        fingerprint=ctx.fingerprint,
+        artifact_root=tracking.artifact_root(ctx.workspace),
     )
-    status = "FAILED"
-    try:
-        result = cluster.train_workers(
-            worker,
-            {"job": job},
-            name="train",
-            storage_url=ctx.work,
-            workers=ctx.cluster.workers,
-            cpus_per_worker=ctx.cluster.cpus_per_worker,
-            gpus_per_worker=ctx.cluster.gpus_per_worker,
-            checkpoints_kept=ctx.cluster.checkpoints_kept,
-            max_failures=ctx.cluster.max_failures,
-        )
-        if "failed" in result:
-            raise (UserError if result["user"] else RuntimeError)(result["failed"])
-        status = "FINISHED"
-    finally:
-        tracking.finish_run(ctx.tracking_uri, run_id, status)
+    result = cluster.train_workers(
+        worker,
+        {"job": job},
+        name="train",
+        storage_url=ctx.work,
+        workers=ctx.cluster.workers,
+        cpus_per_worker=ctx.cluster.cpus_per_worker,
+        gpus_per_worker=ctx.cluster.gpus_per_worker,
+        checkpoints_kept=ctx.cluster.checkpoints_kept,
+        max_failures=ctx.cluster.max_failures,
+    )
+    if "failed" in result:
+        raise (UserError if result["user"] else RuntimeError)(result["failed"])
     for name in ("weights.safetensors", "config.json", "curve.jsonl"):
         (ctx.out / name).write_bytes(storage.read_bytes(storage.join(ctx.work, "final", name)))
     return TrainedModel(**result)
@@ -171,9 +174,10 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
     state, curve = stage.state, stage.curve
 
     with tracking.MetricWriter(
-        job.tracking_uri, job.run_id, after=state.images, enabled=me.rank == 0
+        job.tracking_uri, job.open_run, after=state.images, enabled=me.rank == 0
     ) as metrics:
-        clock = _Clock(job.checkpoint_every_seconds, state.images)
+        before = curve[-1]["seconds"] if curve else 0.0
+        clock = _Clock(job.checkpoint_every_seconds, state.images, before)
         steps = train(
             state,
             stage.objective,
@@ -193,7 +197,7 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
                 metrics.log(log.images, {k: v for k, v in point.items() if k != "images"})
                 if me.rank == 0:
                     _progress(job, point)
-            if not last and clock.checkpoint_due(me.world_size):
+            if not last and clock.checkpoint_due(me.world_size, me.device):
                 stage.publish_checkpoint(me.publish, me.rank)
                 clock.checkpointed()
         if me.rank == 0:
@@ -309,9 +313,10 @@ class _Stage:
 class _Clock:
     """When to log and to checkpoint. Wall time decides, so no result may depend on it."""
 
-    def __init__(self, checkpoint_every_seconds: float, images: int) -> None:
+    def __init__(self, checkpoint_every_seconds: float, images: int, before: float) -> None:
         now = time.monotonic()
         self.every = checkpoint_every_seconds
+        self.before = before  # seconds of earlier attempts
         self.started = self.last_log = self.last_checkpoint = now
         self.last_images = images
         self.losses: list[Any] = []
@@ -332,17 +337,18 @@ class _Clock:
             "loss": loss,
             "images_per_second": round(rate, 2),
             "lr": log.lr,
+            "seconds": round(self.train_seconds, 3),
             **log.metrics,
         }
 
-    def checkpoint_due(self, world_size: int) -> bool:
+    def checkpoint_due(self, world_size: int, device: Any) -> bool:
         """Decided by rank 0's clock, since publishing is a barrier for all."""
         due = time.monotonic() - self.last_checkpoint >= self.every
         if world_size > 1:
             import torch
             import torch.distributed as dist
 
-            flag = torch.tensor([float(due)])
+            flag = torch.tensor([float(due)], device=device)
             dist.broadcast(flag, src=0)
             due = bool(flag.item())
         return due
@@ -352,13 +358,14 @@ class _Clock:
 
     @property
     def train_seconds(self) -> float:
-        return time.monotonic() - self.started
+        return self.before + time.monotonic() - self.started
 
 
 def _progress(job: StageJob, point: dict[str, float]) -> None:
-    """The live line of this stage, for the driver and `cmforge status`."""
+    """The live line of this stage, for the driver and `cmforge status`; not worth failing for."""
     line = {**point, "total": job.config.images, "at": time.time()}
-    storage.write_bytes(storage.join(job.work, "progress.json"), json.dumps(line).encode())
+    with contextlib.suppress(OSError, UserError):
+        storage.write_bytes(storage.join(job.work, "progress.json"), json.dumps(line).encode())
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, str]:

@@ -25,10 +25,10 @@ class InProcess:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def capacity(self) -> float:
-        return 2.0
+    def capacity(self) -> dag.Resources:
+        return dag.Resources(2.0)
 
-    def submit(self, function: Any, *args: Any, cpus: float, name: str) -> int:
+    def submit(self, function: Any, *args: Any, needs: dag.Resources, name: str) -> int:
         assert name in ("shard", "reference"), "bad input must be refused before anything trains"
         self.calls.append((function, args))
         return len(self.calls) - 1
@@ -91,7 +91,7 @@ def refuse(capsys, tmp_path):
             "mine.yaml:23:13: reference.stesp: unknown key, did you mean 'steps'?",
         ),
         (
-            "teacher:\n  images: 320",
+            "teacher:\n  images: 128",
             "teacher:\n  images: many",
             "mine.yaml:7:11: teacher.images: ",
         ),

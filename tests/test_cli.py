@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ VALUES: dict[str, Any] = {
     "teacher": MODEL,
     "distill": MODEL,
     "isolate": MODEL,
-    "evaluate": Evaluation(metric="fd", floor_percent=0.1, scores=(SCORE,)),
+    "evaluate": Evaluation(metric="fd", floor_percent=0.1, scores=(SCORE, replace(SCORE, steps=2, sigmas=(80.0, 0.8)))),
     "register": RegisteredModel(
         name="tiny",
         version=3,
@@ -102,10 +103,10 @@ class InProcess:
         self.calls: list[Any] = []
         self.closed = False
 
-    def capacity(self) -> float:
-        return 2.0
+    def capacity(self) -> dag.Resources:
+        return dag.Resources(2.0)
 
-    def submit(self, function: Any, *args: Any, cpus: float, name: str) -> int:
+    def submit(self, function: Any, *args: Any, needs: dag.Resources, name: str) -> int:
         self.calls.append((function, args))
         return len(self.calls) - 1
 
@@ -688,7 +689,8 @@ def model(tmp_path_factory):
     )
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    save_file(build_network(about).state_dict(), folder / "weights.safetensors")
+    weights = {k: v.contiguous() for k, v in build_network(about).state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
     (folder / "config.json").write_text(about.to_json())
     return folder
 

@@ -73,10 +73,10 @@ class InProcess:
         self.cancelled: list[int] = []
         self.closed = False
 
-    def capacity(self) -> float:
-        return self.cpus
+    def capacity(self) -> dag.Resources:
+        return dag.Resources(self.cpus)
 
-    def submit(self, function: Any, *args: Any, cpus: float, name: str) -> int:
+    def submit(self, function: Any, *args: Any, needs: dag.Resources, name: str) -> int:
         handle = len(self.calls)
         self.calls[handle] = (function, args)
         self.open.append(handle)
@@ -503,9 +503,11 @@ def test_a_killed_process_leaves_nothing_that_counts(place, tmp_path):
 
 def test_a_half_trained_step_says_that_it_goes_on(place):
     steps = diamond()
-    work = place.home(steps[0]) / "work"
+    work = place.home(steps[0]) / "work" / "train"
     work.mkdir(parents=True)
-    (work / "checkpoint").write_text("")
+    (work / "progress.json").write_text("{}")
+    assert place.reasons(steps)["a"] == "never run"
+    (work / "images-000000000128-abc").mkdir()
     assert place.reasons(steps)["a"] == "interrupted: goes on from its last checkpoint"
 
 

@@ -6,7 +6,13 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from consistency.features import FeatureNet, accuracy, extract, train_feature_net
+from consistency.features import (
+    FeatureNet,
+    accuracy,
+    extract,
+    feature_net_for,
+    train_feature_net,
+)
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -73,6 +79,15 @@ def test_the_rotation_task_ignores_labels(digits: tuple[Images, Labels], num_cla
     ]
     assert nets[0].num_classes == 4
     assert torch.equal(weights(nets[0]), weights(nets[1]))
+
+
+@pytest.mark.parametrize("num_classes", [0, 1, 2, 10])
+def test_what_was_trained_is_loaded_into_the_net_for_the_same_data(num_classes: int) -> None:
+    images, labels = noise(8, 8, 1), np.arange(8) % max(num_classes, 1)
+    trained = train_feature_net(images, labels, num_classes, steps=1, batch=4, seed=0)
+    again = feature_net_for(size=8, image_channels=1, num_classes=num_classes)
+    again.load_state_dict(trained.state_dict())
+    assert np.array_equal(extract(again, images), extract(trained, images))
 
 
 def test_full_batches_learn_a_class_of_a_single_image() -> None:

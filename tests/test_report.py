@@ -304,6 +304,17 @@ def test_schedules_are_charts_when_they_move_and_facts_when_they_do_not() -> Non
     assert "log scale" in text
 
 
+def test_images_of_one_class_have_no_class_agreement() -> None:
+    reference = dataclasses.replace(REFERENCE, accuracy=None)
+    scores = tuple(dataclasses.replace(s, agreement=None) for s in SCORES)
+    changed = page(reference=reference, evaluation=evaluation(REFERENCE.metric, scores))
+    text = "".join(Outline(html.render(changed)).text)
+    assert "of the real images rightly" not in text
+    assert "differences of that size say little." in text
+    assert "None" not in text
+    assert "two halves of the real images–0.31 %" in text
+
+
 # --- the step ------------------------------------------------------------------------------------
 
 

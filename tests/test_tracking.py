@@ -18,7 +18,7 @@ REPO = Path(__file__).parents[1]
 
 
 def open_any_run(uri: str, artifact_root: str | None = None) -> str:
-    return tracking.open_run(uri, "tiny", "teacher", "f0", artifact_root, {}, {})
+    return tracking.open_run(uri, "empty", "teacher", "f0", artifact_root, {}, {})
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_any_folder_name_survives_the_database_uri(name: str, tmp_path: Path) ->
 def test_a_remote_workspace_needs_a_tracking_server() -> None:
     with pytest.raises(UserError, match=r"s3://b/w is remote.*MLFLOW_TRACKING_URI"):
         tracking.default_tracking_uri("s3://b/w")
-    assert tracking.artifact_root("s3://b/w") is None
+    assert tracking.artifact_root("s3://b/w") == "s3://b/w/mlartifacts"
 
 
 def test_prepare_makes_a_whole_database_and_nothing_in_the_current_folder(
@@ -83,7 +83,7 @@ def test_prepare_makes_a_whole_database_and_nothing_in_the_current_folder(
         open_any_run(uri, tracking.artifact_root(str(odd)))
     assert not list(here.iterdir())
     assert sorted(p.name for p in odd.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
-    home = tracking.connect(uri).get_experiment_by_name("tiny")
+    home = tracking.connect(uri).get_experiment_by_name("empty")
     assert home is not None
     assert home.artifact_location == (odd / "mlartifacts").as_uri()
     assert "INFO" not in "".join(capfd.readouterr())

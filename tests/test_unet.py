@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from consistency.config import NetworkConfig, check_network
 from consistency.networks.unet import Block, UNet
 
 LAYOUTS = json.loads((Path(__file__).parent / "assets" / "unet_layouts.json").read_text())
@@ -333,15 +334,15 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 9}, "size: 9 is not divisible by 2"),
-        ({"size": 0}, "size: 0"),
-        ({"channel_mult": ()}, "channel_mult: one factor"),
-        ({"channel_mult": (1, 0)}, "channel_mult: one factor"),
+        ({"size": 9}, r"channel_mult: \[1, 2\] halves the image 1 times, but 9 pixels"),
+        ({"size": 0}, "channel_mult: .* 0 pixels are not divisible by 2"),
+        ({"channel_mult": ()}, r"channel_mult: \[\] needs at least one level"),
+        ({"channel_mult": (1, 0)}, r"channel_mult: \[1, 0\] needs at least one level, each >= 1"),
         ({"image_channels": 0}, "image_channels:"),
         ({"num_classes": -1}, "num_classes:"),
-        ({"channels": 2}, "channels: an even number >= 4"),
-        ({"channels": 9}, "channels: an even number >= 4"),
-        ({"channels": 136}, "channels: a layer of 136 channels"),
+        ({"channels": 2}, "channels: 2 must be even and >= 4"),
+        ({"channels": 9}, "channels: 9 must be even and >= 4"),
+        ({"channels": 136}, "channels: 136 makes a layer of 136 channels"),
         ({"num_blocks": 0}, "num_blocks:"),
         ({"dropout": 1.0}, "dropout:"),
         ({"attention": (4, 16)}, r"attention: \[16\] is never reached, only \[8, 4\] are"),
@@ -350,6 +351,53 @@ def test_the_gradient_agrees_with_finite_differences() -> None:
 def test_impossible_networks_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         UNet(**{**TINY, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": 14}, "channels: 14 makes a layer of 14 channels.* 3 groups"),
+        # 36 and 72 divide, a concatenation of two 72 in the decoder does not.
+        ({"channels": 36, "channel_mult": (1, 2)}, "channels: 36 makes a layer of 144 channels"),
+        ({"channels": 7}, "channels: 7 must be even"),
+        ({"channel_mult": (1, -1)}, "channel_mult: "),
+        ({"num_blocks": 0}, "num_blocks: 0 must be >= 1"),
+        ({"attention": (16, 0)}, r"attention: \[16, 0\] must hold sides in pixels"),
+    ],
+)
+def test_a_description_is_checked_without_building(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        NetworkConfig(**change)
+
+
+@pytest.mark.parametrize("channel_mult", [(1,), (1, 2), (2, 1, 3)])
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_the_widths_checked_are_the_widths_built(
+    channel_mult: tuple[int, ...], num_blocks: int
+) -> None:
+    network = NetworkConfig(
+        channels=32, channel_mult=channel_mult, num_blocks=num_blocks, attention=()
+    )
+    net = UNet(
+        size=8,
+        image_channels=1,
+        num_classes=0,
+        channels=32,
+        channel_mult=channel_mult,
+        num_blocks=num_blocks,
+        attention=(),
+    )
+    built = {layer.num_channels for layer in net.modules() if isinstance(layer, torch.nn.GroupNorm)}
+    assert network._widths() == built
+
+
+def test_a_network_is_held_against_a_size_without_torch() -> None:
+    network = NetworkConfig(channel_mult=(1, 2, 2), attention=(8, 16))
+    check_network(network, 32)
+    with pytest.raises(ValueError, match=r"^channel_mult: .* 2 times, but 30 pixels .* by 4"):
+        check_network(network, 30)
+    with pytest.raises(ValueError, match=r"^attention: \[8\] is never reached, only \[64, 32, 16"):
+        check_network(network, 64)
 
 
 def test_an_image_of_another_shape_is_refused() -> None:

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from consistency.config import NetworkConfig, check_network, norm_groups
+
 SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 NEARLY_ZERO = 1e-5  # gain of the last layer of each residual branch
 ATTENTION_GAIN = math.sqrt(0.2)
@@ -43,7 +45,8 @@ class UNet(nn.Module):
     dropout         probability inside each block, in train mode only
     generator       source of the initial weights; None = torch's global generator
 
-    Raises ValueError, beginning with the name of the argument, for a network that cannot exist.
+    Raises ValueError, beginning with the name of the argument, for a network that cannot exist
+    (those of `NetworkConfig` and `check_network`).
     """
 
     def __init__(
@@ -60,10 +63,20 @@ class UNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        _check(size, image_channels, num_classes, channels, channel_mult, num_blocks, dropout)
+        network = NetworkConfig(
+            channels=channels,
+            channel_mult=tuple(channel_mult),
+            num_blocks=num_blocks,
+            attention=tuple(attention),
+        )
+        check_network(network, size)
+        if image_channels < 1:
+            raise ValueError(f"image_channels: at least 1, got {image_channels}")
+        if num_classes < 0:
+            raise ValueError(f"num_classes: 0 (unconditional) or more, got {num_classes}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: a probability in [0, 1), got {dropout}")
         resolutions = [size >> level for level in range(len(channel_mult))]
-        if missed := sorted(set(attention) - set(resolutions)):
-            raise ValueError(f"attention: {missed} is never reached, only {resolutions} are")
 
         self.size, self.image_channels, self.num_classes = size, image_channels, num_classes
         self.channels = channels
@@ -225,44 +238,8 @@ class Block(nn.Module):
         return a.transpose(1, 2).reshape(x.shape)
 
 
-def _check(
-    size: int,
-    image_channels: int,
-    num_classes: int,
-    channels: int,
-    channel_mult: Sequence[int],
-    num_blocks: int,
-    dropout: float,
-) -> None:
-    if not channel_mult or min(channel_mult) < 1:
-        raise ValueError(f"channel_mult: one factor >= 1 per resolution, got {list(channel_mult)}")
-    factor = 2 ** (len(channel_mult) - 1)
-    if size < factor or size % factor:
-        raise ValueError(
-            f"size: {size} is not divisible by {factor} "
-            f"(channel_mult {list(channel_mult)} halves the image {len(channel_mult) - 1} times)"
-        )
-    if image_channels < 1:
-        raise ValueError(f"image_channels: at least 1, got {image_channels}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes: 0 (unconditional) or more, got {num_classes}")
-    if channels < 4 or channels % 2:
-        raise ValueError(f"channels: an even number >= 4, got {channels}")
-    if num_blocks < 1:
-        raise ValueError(f"num_blocks: at least 1, got {num_blocks}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: a probability in [0, 1), got {dropout}")
-
-
 def _norm(c: int) -> nn.GroupNorm:
-    """GroupNorm with at least 4 channels per group and at most 32 groups."""
-    groups = min(32, c // 4)
-    if c % groups:
-        raise ValueError(
-            f"channels: a layer of {c} channels does not divide into {groups} groups; "
-            "take a multiple of 4, and of 32 from 128 channels on"
-        )
-    return nn.GroupNorm(groups, c, eps=1e-6)
+    return nn.GroupNorm(norm_groups(c), c, eps=1e-6)
 
 
 def _conv(

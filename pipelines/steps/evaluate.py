@@ -37,7 +37,7 @@ def run(
     distill: Committed[TrainedModel],
     isolate: Committed[TrainedModel],
 ) -> Evaluation:
-    """Score the teacher with Heun, each consistency model at one and two steps.
+    """Score the teacher with Heun at one, two and many steps, the others at one and two.
 
     Writes samples.npz (the first images of each, same noise) and one PNG grid per score.
     """
@@ -47,9 +47,12 @@ def run(
     from consistency import published
     from pipelines import png
 
-    torch.set_num_threads(max(1, int(ctx.cluster.cpus_per_worker)))
-    yardstick = _Yardstick(ctx, shard, reference)
+    torch.set_num_threads(1)  # the one CPU this step holds
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    yardstick = _Yardstick(ctx, shard, reference, device)
     asked = [
+        ("teacher", teacher, 1, config.samples),
+        ("teacher", teacher, 2, config.samples),
         ("teacher", teacher, config.teacher_steps, config.teacher_samples),
         ("distill", distill, 1, config.samples),
         ("distill", distill, 2, config.samples),
@@ -61,6 +64,7 @@ def run(
     for candidate, trained, steps, samples in asked:
         ctx.fetch(trained, "config.json")
         model = published.load(ctx.fetch(trained, "weights.safetensors").parent)
+        model.function.to(device)
         model = replace(model, description=replace(model.description, mid_sigma=config.mid_sigma))
         distance, percent, agreement, sheet = yardstick.measure(model, steps, samples, config.seed)
         grid = f"{candidate}-{steps}.png"
@@ -93,7 +97,11 @@ class _Yardstick:
     """The feature net and the reference statistics, loaded once."""
 
     def __init__(
-        self, ctx: StepContext, shard: Committed[ShardSet], reference: Committed[ReferenceStats]
+        self,
+        ctx: StepContext,
+        shard: Committed[ShardSet],
+        reference: Committed[ReferenceStats],
+        device: str,
     ) -> None:
         from safetensors.numpy import load_file as load_arrays
         from safetensors.torch import load_file
@@ -106,7 +114,7 @@ class _Yardstick:
             size=about.size, image_channels=about.channels, num_classes=about.num_classes
         )
         self.net.load_state_dict(load_file(ctx.fetch(reference, "features.safetensors")))
-        self.net.eval()
+        self.net.to(device).eval()
         self.classes = about.num_classes
         self.stats = GaussianStats.from_dict(load_arrays(ctx.fetch(reference, "stats.safetensors")))
 

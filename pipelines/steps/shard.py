@@ -32,6 +32,7 @@ class ShardConfig:
 def run(ctx: StepContext, config: ShardConfig) -> ShardSet:
     """Read the source, write balanced shards, put the manifest last."""
     from infra import shards, sources
+    from pipelines import shard_data
 
     data = config.data
     source = sources.open_source(
@@ -55,6 +56,7 @@ def run(ctx: StepContext, config: ShardConfig) -> ShardSet:
         record_images=data.record_images,
         seed=data.seed,
     )
+    shard_data.load(url, manifest.sha256)  # stage the pixels here while WebDataset is loaded
     return ShardSet(
         count=manifest.count,
         size=manifest.height,
