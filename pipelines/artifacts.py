@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
-
 MEASURED = {"measured": True}  # depends on the clock, so no part of what a result is
 
 

@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pipelines import config, dag, graph
+    from pipelines import config, dag, execution, graph
     from pipelines.progress import Progress
 
     recipe, cluster = _load(arguments)
@@ -143,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
         text = config.resolved_yaml(recipe).encode()
         storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
         settings = dag.Settings(cluster.workspace, _tracking_uri(cluster), recipe.name, cluster)
-        events = dag.execute(steps, settings, lambda: _ray(cluster.address))
+        events = execution.execute(steps, settings, lambda: _ray(cluster.address))
         with (
             _sigterm_as_interrupt(),
             Progress(lines, cluster.workspace) as progress,
@@ -154,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except dag.StepsFailed as failed:
+    except execution.StepsFailed as failed:
         return _explain(failed)
     finally:
         if lock is not None:

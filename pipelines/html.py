@@ -96,11 +96,8 @@ def _headline(page: Page) -> str:
     one = page.evaluation.score(r.candidate, 1)
     two = page.evaluation.score(r.candidate, 2)
     teacher = next((s for s in page.evaluation.scores if s.candidate == "teacher"), None)
-    alias = (
-        '<span class="pill held">no alias</span>'
-        if r.alias is None
-        else f'<span class="pill">@{escape(r.alias)}</span>'
-    )
+    kind, said = ("pill held", "no alias") if r.alias is None else ("pill", f"@{r.alias}")
+    alias = f'<span class="{kind}">{escape(said)}</span>'
     stats = [
         _stat("one step", _percent(one.percent), _detail(one), r.candidate),
         _stat("two steps", _percent(two.percent), _detail(two), r.candidate),
@@ -214,30 +211,25 @@ def _metrics(page: Page) -> str:
     rows = []
     for s in page.evaluation.scores:
         mark = ' <span class="pill">registered</span>' if s.candidate == winner else ""
-        agreement = "–" if s.agreement is None else f"{100 * s.agreement:.1f} %"
         rows.append(
             f'<tr><th scope="row"><i class="dot {_css(s.candidate)}"></i>'
             f"{escape(s.candidate)}{mark}</th>"
             f"<td>{s.steps}</td><td><b>{_percent(s.percent)}</b></td>"
-            f"<td>{figure(s.distance, 4)}</td><td>{agreement}</td><td>{s.evaluations}</td>"
+            f"<td>{figure(s.distance, 4)}</td><td>{_share(s.agreement)}</td>"
+            f"<td>{s.evaluations}</td>"
             f"<td>{s.samples:,}</td><td>{escape(s.sampler)}</td><td>{_levels(s)}</td></tr>"
         )
     floor, accuracy = page.evaluation.floor_percent, page.reference.accuracy
-    agreed = "–" if accuracy is None else f"{100 * accuracy:.1f} %"
     rows.append(
         '<tr class="floor"><th scope="row">two halves of the real images</th><td>–</td>'
         f"<td><b>{_percent(floor)}</b></td>"
         f"<td>{figure(floor * page.reference.total_variance / 100, 4)}</td>"
-        f"<td>{agreed}</td><td>–</td>"
+        f"<td>{_share(accuracy)}</td><td>–</td>"
         f"<td>{page.reference.count:,}</td><td>–</td><td>–</td></tr>"
     )
-    classes = (
-        ""
-        if accuracy is None
-        else (
-            " Class agreement is the share of samples the classifier puts into the class asked for; it "
-            f"names {agreed} of the real images rightly."
-        )
+    agreement = (
+        " Class agreement is the share of samples the classifier puts into the class asked for; "
+        f"it names {_share(accuracy)} of the real images rightly."
     )
     heads = "candidate|steps|of total variance|distance|class agreement|evaluations|samples|sampler"
     head = "".join(f'<th scope="col">{h}</th>' for h in (*heads.split("|"), "levels σ"))
@@ -247,7 +239,8 @@ def _metrics(page: Page) -> str:
         "the features of a small classifier trained on these very shards: it is not FID, and no "
         "published FID compares with it. The percentage is 100 × distance / total variance of the "
         f"real features ({figure(page.reference.total_variance, 4)}); two halves of the real "
-        f"images lie {_percent(floor)} apart, so differences of that size say little.{classes}</p>\n"
+        f"images lie {_percent(floor)} apart, so differences of that size say little."
+        f"{'' if accuracy is None else agreement}</p>\n"
         f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
     )
@@ -284,13 +277,12 @@ def _training(t: Training) -> str:
     }
     drawn = [(key, points) for key, points in series.items() if points]
     note = {key: "" if key == "images_per_second" else _log_note(p) for key, p in drawn}
-    width = 280 if len(drawn) == 3 else 420
     charts = "".join(
         f"<figure><figcaption>{names[key]}{note[key]}</figcaption>"
         + svg.line_chart(
             points,
             label=names[key],
-            width=width,
+            width=280 if len(drawn) == 3 else 420,
             steps=key in ("N", "mu"),
             from_zero=key == "images_per_second",
         )
@@ -355,8 +347,12 @@ def _percent(value: float) -> str:
     return f"{figure(value)} %"
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
 def _detail(score: Score) -> str:
-    share = "" if score.agreement is None else f"{100 * score.agreement:.1f} % in the right class\n"
+    share = "" if score.agreement is None else f"{_share(score.agreement)} in the right class\n"
     return f"{share}distance {figure(score.distance, 4)}"
 
 

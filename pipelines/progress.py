@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra import storage
-from pipelines.dag import Event, Planned
+from pipelines.dag import Planned
+from pipelines.execution import Event
 
 LINE_EVERY_SECONDS = 30.0
 _MARKS = {

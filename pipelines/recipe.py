@@ -29,7 +29,8 @@ class DataConfig:
     size: int | None = None  # side in pixels; None keeps the source's own
     fit: Literal["crop", "pad"] = "crop"
     split: Literal["train", "test"] = "train"
-    limit: int | None = None  # the first so many images only
+    labels: str | None = None  # npz: name of the label array; sheets: name of the label file
+    limit: int | None = None  # so many images: the first ones; folder: spread over its files
     num_shards: int = 4
     record_images: int = 500  # images per tar record
     seed: int = 0  # of the permutation that mixes classes over shards
@@ -47,6 +48,11 @@ class DataConfig:
             self.source != "folder" or self.size is not None,
             "size: source folder needs the side in pixels (data.size=32)",
         )
+        require(
+            self.labels is None or self.source in ("npz", "sheets"),
+            f"labels: source {self.source} brings its own; leave it out (npz and sheets take it)",
+        )
+        require(self.labels != "", "labels: is empty; give a name, or leave it out")
         require(self.size is None or self.size >= 8, f"size: {self.size} must be >= 8")
         require(self.limit is None or self.limit > 0, f"limit: {self.limit} must be > 0")
         require(self.num_shards > 0, f"num_shards: {self.num_shards} must be > 0")

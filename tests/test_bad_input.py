@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from infra import storage
+from infra.resources import Resources
 from pipelines import cli, dag
 
 RECIPE = (Path(__file__).parent / "assets" / "tiny.yaml").read_text()
@@ -25,10 +26,10 @@ class InProcess:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def capacity(self) -> dag.Resources:
-        return dag.Resources(2.0)
+    def capacity(self) -> Resources:
+        return Resources(2.0)
 
-    def submit(self, function: Any, *args: Any, needs: dag.Resources, name: str) -> int:
+    def submit(self, function: Any, *args: Any, needs: Resources, name: str) -> int:
         assert name in ("shard", "reference"), "bad input must be refused before anything trains"
         self.calls.append((function, args))
         return len(self.calls) - 1
@@ -208,7 +209,7 @@ FOLDER = ["data.source=folder", "data.path=images", "data.size=8", "data.limit=n
         ),
         (transparent, ["data.path: ", "/images/dog/2.png is RGBA, neither grey nor RGB"]),
         (loose_image, ["data.path: ", "/images has images both in sub-folders and outside"]),
-        (too_few, ["data.num_shards: "]),
+        (too_few, ["data.path: ", "1 images are too few"]),
         (lambda root: root.write_text("a file"), ["data.path: ", "/images has no PNG, JPEG or"]),
     ],
 )

@@ -18,7 +18,8 @@ import pytest
 
 from consistency.config import NetworkConfig, NoiseConfig
 from infra.errors import UserError, WorkerLost
-from pipelines import cli, dag, graph, progress
+from infra.resources import Resources
+from pipelines import cli, dag, execution, graph, progress
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -28,7 +29,8 @@ from pipelines.artifacts import (
     ShardSet,
     TrainedModel,
 )
-from pipelines.dag import Event, Planned, Step, StepContext
+from pipelines.dag import Planned, Step, StepContext
+from pipelines.execution import Event
 
 COMMANDS = ["run", "plan", "status", "report", "sample", "doctor"]
 STEPS = ["shard", "reference", "teacher", "distill", "isolate", "evaluate", "register", "report"]
@@ -49,6 +51,7 @@ SCORE = Score(
     grid="distill-1.png",
     sigmas=(80.0,),
 )
+TWO_STEPS = replace(SCORE, steps=2, sigmas=(80.0, 0.8))
 MODEL = TrainedModel(
     kind="denoiser",
     images=1,
@@ -75,7 +78,9 @@ VALUES: dict[str, Any] = {
     "teacher": MODEL,
     "distill": MODEL,
     "isolate": MODEL,
-    "evaluate": Evaluation(metric="fd", floor_percent=0.1, scores=(SCORE, replace(SCORE, steps=2, sigmas=(80.0, 0.8)))),
+    "evaluate": Evaluation(
+        metric="fd", floor_percent=0.1, scores=(SCORE, replace(SCORE, steps=2, sigmas=(80.0, 0.8)))
+    ),
     "register": RegisteredModel(
         name="tiny",
         version=3,
@@ -103,10 +108,10 @@ class InProcess:
         self.calls: list[Any] = []
         self.closed = False
 
-    def capacity(self) -> dag.Resources:
-        return dag.Resources(2.0)
+    def capacity(self) -> Resources:
+        return Resources(2.0)
 
-    def submit(self, function: Any, *args: Any, needs: dag.Resources, name: str) -> int:
+    def submit(self, function: Any, *args: Any, needs: Resources, name: str) -> int:
         self.calls.append((function, args))
         return len(self.calls) - 1
 
@@ -338,7 +343,7 @@ def seen_settings(monkeypatch, *argv: str) -> dag.Settings:
         yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(dag, "execute", execute)
+        patch.setattr(execution, "execute", execute)
         assert command("run", "quickstart", *argv) == 2
     return seen[0]
 

@@ -20,9 +20,11 @@ import pytest
 
 from infra import storage
 from infra.errors import UserError, WorkerLost
-from pipelines import dag
+from infra.resources import Resources
+from pipelines import dag, execution
 from pipelines.artifacts import Committed
-from pipelines.dag import AttemptFailed, Event, Settings, Step, StepContext, StepsFailed
+from pipelines.dag import Settings, Step, StepContext
+from pipelines.execution import AttemptFailed, Event, StepsFailed
 from pipelines.recipe import Cluster
 
 RAN: list[str] = []  # names of the steps whose bodies ran, in order
@@ -73,10 +75,10 @@ class InProcess:
         self.cancelled: list[int] = []
         self.closed = False
 
-    def capacity(self) -> dag.Resources:
-        return dag.Resources(self.cpus)
+    def capacity(self) -> Resources:
+        return Resources(self.cpus)
 
-    def submit(self, function: Any, *args: Any, needs: dag.Resources, name: str) -> int:
+    def submit(self, function: Any, *args: Any, needs: Resources, name: str) -> int:
         handle = len(self.calls)
         self.calls[handle] = (function, args)
         self.open.append(handle)
@@ -118,7 +120,7 @@ class Place:
         """Executes; the names of the steps that ran."""
         RAN.clear()
         self.events.clear()
-        for event in dag.execute(steps, self.settings, lambda: self.executor):
+        for event in execution.execute(steps, self.settings, lambda: self.executor):
             self.events += [event] if event is not None else []
         return list(RAN)
 
@@ -189,7 +191,7 @@ def test_a_second_run_runs_nothing_and_makes_no_executor(place):
     steps = diamond()
     place.run(steps)
     before = snapshot(place.workspace)
-    events = list(dag.execute(steps, place.settings, no_executor))
+    events = list(execution.execute(steps, place.settings, no_executor))
     assert [(event.step, event.kind) for event in events] == [(s.name, "cached") for s in steps]
     assert snapshot(place.workspace) == before
 
@@ -231,7 +233,7 @@ def test_targets_may_be_the_last_step_alone(place):
 
 
 def test_closing_the_iterator_cancels_what_runs_and_closes_the_executor(place):
-    events = dag.execute(diamond(), place.settings, lambda: place.executor)
+    events = execution.execute(diamond(), place.settings, lambda: place.executor)
     assert next(event for event in events if event is not None).kind == "started"
     events.close()
     assert place.executor.cancelled == [0]
@@ -291,7 +293,7 @@ def add_wide(ctx: StepContext, config: Wide) -> Number:
 
 def test_the_reason_compares_with_the_newest_result(place, monkeypatch):
     for lr in (0.3, 0.1, 0.2):
-        monkeypatch.setattr(dag.time, "time", lambda lr=lr: 1e9 + {0.3: 0, 0.1: 50, 0.2: 20}[lr])
+        monkeypatch.setattr(execution.time, "time", lambda lr=lr: 1e9 + {0.3: 0, 0.1: 50, 0.2: 20}[lr])
         place.run(diamond(a_config=Config(lr=lr)))
     assert place.reasons(diamond(a_config=Config(lr=7.0)))["a"] == "lr: 0.1 -> 7.0"
 
@@ -421,13 +423,13 @@ def die_in_body(ctx: StepContext, config: Config, **inputs: Committed[Number]) -
 def arm(stage: str, step: Step, monkeypatch: pytest.MonkeyPatch, die: Any) -> Step:
     """Let the attempt die at a stage."""
     if stage == "before run":
-        monkeypatch.setattr(dag, "StepContext", die)
+        monkeypatch.setattr(execution, "StepContext", die)
     elif stage == "mid-write":
         return replace(step, run=die_in_body)
     elif stage == "before publishing":
-        monkeypatch.setattr(dag.storage, "describe_dir", die)
+        monkeypatch.setattr(execution.storage, "describe_dir", die)
     elif stage == "before commit":
-        monkeypatch.setattr(dag.storage, "put_if_absent", die)
+        monkeypatch.setattr(execution.storage, "put_if_absent", die)
     else:  # the record is written beside its place, but has not got its name
         monkeypatch.setattr(storage.os, "link", die)
     return step
@@ -443,7 +445,7 @@ def test_what_a_crash_left_is_never_taken_for_a_result(place, stage, monkeypatch
     with monkeypatch.context() as patch:
         first = arm(stage, steps[0], patch, die)
         with pytest.raises(Killed):
-            dag.run_attempt(first, place.settings, {}, ())
+            execution.run_attempt(first, place.settings, {}, ())
     assert os.listdir(place.home(steps[0]) / "attempts")
     assert not (place.home(steps[0]) / "COMMIT.json").exists()
     assert place.reasons(steps)["a"] == "interrupted: runs again"
@@ -516,11 +518,11 @@ def test_of_two_attempts_at_once_one_wins_and_both_return_its_record(place):
 
     def outer(ctx: StepContext, config: Config) -> Number:
         inner = replace(step, run=add)  # starts later, and is finished first
-        records.append(dag.run_attempt(inner, place.settings, {}, ()))
+        records.append(execution.run_attempt(inner, place.settings, {}, ()))
         return add(ctx, config)
 
     step = Step(name="a", run=outer, config=Config(), returns=Number)
-    records.append(dag.run_attempt(step, place.settings, {}, ()))
+    records.append(execution.run_attempt(step, place.settings, {}, ()))
     assert records[0] == records[1] == place.record(step)
     assert len(os.listdir(place.home(step) / "attempts")) == 2
     assert place.states([step]) == {"a": "cached"}
@@ -649,7 +651,7 @@ def test_a_moved_workspace_is_still_all_there(tmp_path):
 
 
 def test_the_protocol_holds_in_an_object_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(dag.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(execution.tempfile, "tempdir", str(tmp_path))
     place = Place("memory://dag-test")
     try:
         assert sorted(place.run(diamond())) == ["a", "b", "c", "d"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli, dag, drift
+from pipelines import cli, dag, drift, execution
 from pipelines.dag import Planned, Step
 from pipelines.steps import evaluate, isolate, report, shard, teacher
 
@@ -199,7 +199,7 @@ def test_drift_leaves_a_result_cached_and_the_plan_names_the_file(tmp_path, monk
     body.__module__ = "infra.errors"  # as if it were defined there
     step = Step(name="a", run=body, config=Value(), returns=Value)
     settings = dag.Settings(str(tmp_path), "sqlite:///unused.db", "test", dag.Cluster())
-    dag.run_attempt(step, settings, {}, ())
+    execution.run_attempt(step, settings, {}, ())
     (line,) = dag.plan([step], str(tmp_path))
     assert (line.state, line.drifted) == ("cached", ())
     read = drift._read

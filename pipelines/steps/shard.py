@@ -9,6 +9,8 @@ from pipelines.artifacts import ShardSet
 from pipelines.dag import StepContext
 from pipelines.recipe import DataConfig
 
+FEWEST = 4  # images: two halves of two each, the least that have covariances
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardConfig:
@@ -40,6 +42,7 @@ def run(ctx: StepContext, config: ShardConfig) -> ShardSet:
         data.path,
         size=data.size,
         fit=data.fit,
+        labels=data.labels,
         limit=data.limit,
         split=data.split,
     )
@@ -47,6 +50,12 @@ def run(ctx: StepContext, config: ShardConfig) -> ShardSet:
         raise UserError(
             f"data.size: images are {source.height}x{source.width}, the networks need squares; "
             f"set data.size"
+        )
+    if source.count < FEWEST:
+        limited = data.limit is not None and data.limit < FEWEST
+        where = "data.limit" if limited else f"data.path: {data.path}"
+        raise UserError(
+            f"{where}: {source.count} images are too few to learn from; give at least {FEWEST}"
         )
     url = str(ctx.out / "shards")
     manifest = shards.write_shards(
