@@ -20,25 +20,32 @@ CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
+ARCHIVES = (".tar.gz", ".tgz")
+FOLDERS = ("", "cifar-10-batches-py", "cifar-10-batches-bin")  # given, or unpacked below
 _ROW = 3 * 32 * 32  # one image: red plane, green plane, blue plane
+
+
+def batches(split: str) -> list[str]:
+    """Names of the split's files in the official order, without the binary form's `.bin`."""
+    return [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
 
 
 def read(path: str, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """(images [N, 32, 32, 3], labels [N]) in the official order. UserError names a bad file."""
-    stems = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    stems = batches(split)
     wanted = {name for stem in stems for name in (stem, f"{stem}.bin")}
-    archived = path.endswith((".tar.gz", ".tgz"))
+    archived = path.endswith(ARCHIVES)
     files = _from_archive(path, wanted) if archived else _from_folder(path, wanted)
-    batches = []
+    parts = []
     for stem in stems:
         if stem in files:
-            batches.append(_read_python(files[stem], f"{path}: {stem}"))
+            parts.append(_read_python(files[stem], f"{path}: {stem}"))
         elif f"{stem}.bin" in files:
-            batches.append(_read_binary(files[f"{stem}.bin"], f"{path}: {stem}.bin"))
+            parts.append(_read_binary(files[f"{stem}.bin"], f"{path}: {stem}.bin"))
         else:
             raise UserError(f"data.path: {path} has no {stem} (or {stem}.bin); unpack it whole")
-    rows = np.concatenate([rows for rows, _ in batches])
-    labels = np.concatenate([labels for _, labels in batches])
+    rows = np.concatenate([rows for rows, _ in parts])
+    labels = np.concatenate([labels for _, labels in parts])
     if labels.size and not 0 <= labels.min() <= labels.max() <= 9:
         raise UserError(f"data.path: {path} has labels outside 0..9; is it CIFAR-10?")
     return rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
@@ -47,7 +54,7 @@ def read(path: str, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 def _from_folder(path: str, wanted: set[str]) -> dict[str, bytes]:
     """The wanted files of the folder itself or of the one the archive unpacks to."""
     files: dict[str, bytes] = {}
-    for folder in ("", "cifar-10-batches-py", "cifar-10-batches-bin"):
+    for folder in FOLDERS:
         url = storage.join(path, folder) if folder else path
         for name in wanted.intersection(storage.list_dir(url)) - files.keys():
             files[name] = storage.read_bytes(storage.join(url, name))

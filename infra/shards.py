@@ -62,7 +62,6 @@ class ShardManifest:
     class_names: tuple[str, ...]
     pixel_digest: str
     source: str
-    source_digest: str
     shards: tuple[Shard, ...]
 
     @property
@@ -114,7 +113,8 @@ def write_shards(
     # An older manifest would be wrong from the first shard replaced on.
     storage.remove_tree(storage.join(url, MANIFEST))
     beside = url if storage.is_local(url) else None
-    with storage.mendable(beside or tempfile.gettempdir()):
+    place = "--workspace" if beside else "TMPDIR"
+    with storage.mendable(beside or tempfile.gettempdir(), place):
         if beside:
             os.makedirs(beside, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=storage.TEMP_PREFIX, dir=beside) as scratch:
@@ -132,7 +132,6 @@ def write_shards(
         class_names=source.class_names,
         pixel_digest=pixel_digest,
         source=source.name,
-        source_digest=source.digest,
         shards=shards,
     )
     storage.write_bytes(storage.join(url, MANIFEST), manifest.to_json())
@@ -274,7 +273,7 @@ def load_shards(
         return ImageArray(images, labels, manifest.class_names)
     staged = os.path.join(storage.absolute(cache_dir), manifest.sha256)
     if not os.path.isdir(staged):
-        with storage.mendable(staged):
+        with storage.mendable(staged, "CMFORGE_CACHE"):
             _stage(url, manifest, staged)
     try:
         images = np.load(os.path.join(staged, "images.npy"), mmap_mode="r", allow_pickle=False)

@@ -5,7 +5,6 @@ Every error is one line that names the recipe key, the file and the mend.
 """
 
 import gzip
-import hashlib
 import io
 import re
 import zlib
@@ -25,7 +24,6 @@ Labels = NDArray[np.int64]
 Fit = Literal["crop", "pad"]
 
 TILE = 32  # side of one image in a sheet, in pixels
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
 
 
@@ -33,9 +31,7 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.Dec
 class Source:
     """Header of a stream of (image uint8 [height, width, channels], class index).
 
-    `samples()` starts the stream anew, in the same order each time. `digest` is a cheap identity of
-    the input for provenance: sha256 of the array bytes and labels for array sources, of the sorted
-    (relative path, bytes) list for folders. Times and absolute paths are never part of it.
+    `samples()` starts the stream anew, in the same order each time.
     """
 
     name: str
@@ -45,7 +41,6 @@ class Source:
     channels: int
     class_names: tuple[str, ...]
     samples: Callable[[], Iterator[tuple[Pixels, int]]]
-    digest: str
 
 
 def open_source(
@@ -106,6 +101,25 @@ def open_source(
     return _array_source(kind, path, images, classes, names, size, fit, limit)
 
 
+def files_of(
+    kind: str, path: str, split: str = "train", labels: str | None = None
+) -> list[tuple[str, int]]:
+    """(relative path, bytes) of the files `open_source` reads, sorted; "" is `path` itself.
+
+    What else lies there (notes, thumbnails, hidden files) is left out. Empty when there are none.
+    """
+    if kind == "npz" or (kind == "cifar10" and path.endswith(cifar10.ARCHIVES)):
+        return [("", storage.size(path))]
+    names = {
+        "folder": r"(?i)([^./][^/]*/)*[^./][^/]*\.(png|jpe?g|webp)",
+        "idx": ("train" if split == "train" else "t10k")
+        + r"-(images-idx3|labels-idx1)-ubyte(\.gz)?",
+        "cifar10": rf"({'|'.join(cifar10.FOLDERS)})/?({'|'.join(cifar10.batches(split))})(\.bin)?",
+        "sheets": f"{_sheet_names(split)}|{re.escape(labels or 'labels.npy')}",
+    }[kind]
+    return [(name, size) for name, size in storage.list_files(path) if re.fullmatch(names, name)]
+
+
 # --- from pixels to one size -------------------------------------------------------------------
 
 
@@ -152,15 +166,12 @@ def _array_source(
         raise UserError(f"data.size: {where} is {height}x{width}, not square; give data.size")
     side = size or height
     fit_image(images[0], side, fit, where)  # a size that cannot be reached is refused at once
-    digest = hashlib.sha256(f"{images.shape}".encode())
-    digest.update(images.data)
-    digest.update(labels.astype("<i8").tobytes())
 
     def samples() -> Iterator[tuple[Pixels, int]]:
         for image, label in zip(images, labels, strict=True):
             yield fit_image(image, side, fit, where), int(label)
 
-    return Source(kind, count, side, side, channels, class_names, samples, digest.hexdigest())
+    return Source(kind, count, side, side, channels, class_names, samples)
 
 
 # --- array kinds: (images [N, H, W, C], labels [N], class names) ---------------------------------
@@ -247,8 +258,7 @@ def _read_sheets(
     path: str, split: str, labels_file: str | None
 ) -> tuple[Pixels, Labels, tuple[str, ...]]:
     """Lossless mosaics, tiles row by row; the label file holds train labels, then test labels."""
-    pattern = re.compile(rf"{split}_.*\.(webp|png)")
-    names = [name for name in storage.list_dir(path) if pattern.fullmatch(name)]
+    names = [name for name in storage.list_dir(path) if re.fullmatch(_sheet_names(split), name)]
     if not names:
         raise UserError(f"data.path: {path} has no {split}_*.webp or .png; give a sheet folder")
     sheets = [_read_sheet(storage.join(path, name)) for name in names]
@@ -266,6 +276,10 @@ def _read_sheets(
         raise UserError(f"data.labels: {file} is not a readable .npy ({error})") from error
     own = every[: len(images)] if split == "train" else every[-len(images) :]
     return images, _checked_labels(own, len(images), file), _numbered(every)
+
+
+def _sheet_names(split: str) -> str:
+    return rf"{split}_.*\.(webp|png)"
 
 
 def _read_sheet(url: str) -> Pixels:
@@ -297,37 +311,32 @@ def _numbered(labels: NDArray[Any]) -> tuple[str, ...]:
 def _folder_source(root: str, size: int | None, fit: Fit, limit: int | None) -> Source:
     if size is None:
         raise UserError("data.size: source folder needs the side in pixels (data.size=32)")
-    files = [
-        (path, bytes)
-        for path, bytes in storage.list_files(root)
-        if path.lower().endswith(_IMAGE_SUFFIXES) and not path.rsplit("/", 1)[-1].startswith(".")
-    ]
+    files = [path for path, _ in files_of("folder", root)]
     if not files:
         raise UserError(f"data.path: {root} has no PNG, JPEG or WebP files; give a folder of them")
-    loose = [path for path, _ in files if "/" not in path]
+    loose = [path for path in files if "/" not in path]
     if loose and len(loose) < len(files):
         raise UserError(
             f"data.path: {root} has images both in sub-folders and outside ({loose[0]}); "
             f"move each into its class's folder"
         )
-    class_names = tuple(sorted({path.split("/")[0] for path, _ in files}))
+    class_names = tuple(sorted({path.split("/")[0] for path in files}))
     class_names = ("images",) if loose else class_names
     if limit is not None and limit < len(files):
         files = [files[i * len(files) // limit] for i in range(limit)]
-    first = _decode(storage.read_bytes(storage.join(root, files[0][0])), files[0][0])
+    first = _decode(storage.read_bytes(storage.join(root, files[0])), files[0])
     channels = first.shape[2]
 
     def samples() -> Iterator[tuple[Pixels, int]]:
-        for path, _ in files:
+        for path in files:
             url = storage.join(root, path)
             image = _decode(storage.read_bytes(url), url)
             if image.shape[2] != channels:
-                raise _mixed(root, files[0][0], channels, path, image.shape[2])
+                raise _mixed(root, files[0], channels, path, image.shape[2])
             label = 0 if loose else class_names.index(path.split("/")[0])
             yield fit_image(image, size, fit, url), label
 
-    digest = hashlib.sha256(repr(files).encode()).hexdigest()
-    return Source("folder", len(files), size, size, channels, class_names, samples, digest)
+    return Source("folder", len(files), size, size, channels, class_names, samples)
 
 
 def _decode(data: bytes, where: str) -> Pixels:

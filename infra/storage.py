@@ -9,10 +9,11 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
@@ -24,9 +25,9 @@ _BLOCK = 4 << 20  # bytes per ranged request: a cut connection costs one block, 
 _LISTING_CACHES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 
 _MENDS = {
-    errno.ENOSPC: ("disk full", "free space or choose another --workspace"),
-    errno.EDQUOT: ("disk quota exceeded", "free space or choose another --workspace"),
-    errno.EROFS: ("read-only file system", "choose a writable --workspace"),
+    errno.ENOSPC: ("disk full", "free space or choose another {place}"),
+    errno.EDQUOT: ("disk quota exceeded", "free space or choose another {place}"),
+    errno.EROFS: ("read-only file system", "choose a writable {place}"),
     errno.EACCES: ("permission denied", "mend its owner or mode, or choose another place"),
     errno.EPERM: ("operation not permitted", "mend its owner or mode, or choose another place"),
     errno.EEXIST: ("a file stands where a folder is needed", "move it or choose another place"),
@@ -48,25 +49,47 @@ class FileRecord:
     sha256: str
 
 
-def user_error_from(error: OSError, url: str) -> UserError | None:
-    """The one line for an OSError the user can mend, None for all others."""
+def user_error_from(error: OSError, url: str, place: str = "--workspace") -> UserError | None:
+    """The one line for an OSError the user can mend, None for all others.
+
+    `place` is the setting that puts `url` elsewhere.
+    """
     code = errno.EACCES if isinstance(error, PermissionError) and not error.errno else error.errno
     if code not in _MENDS:
         return None
     what, mend = _MENDS[code]
-    return UserError(f"{what}: {url}: {mend}")
+    return UserError(f"{what}: {url}: {mend.format(place=place)}")
 
 
 @contextmanager
-def mendable(url: str) -> Iterator[None]:
+def mendable(url: str, place: str = "--workspace") -> Iterator[None]:
     """Turns a full disk, a missing permission and their like into UserError; others pass."""
     try:
         yield
     except OSError as error:
-        known = user_error_from(error, url)
+        known = user_error_from(error, url, place)
         if known is None:
             raise
         raise known from error
+    except Exception as error:
+        # s3fs lets these through as they are: no credentials, no such host, no connection.
+        botocore = sys.modules.get("botocore.exceptions")
+        if botocore is None or not isinstance(error, botocore.BotoCoreError):
+            raise
+        raise UserError(
+            f"{url}: {str(error).splitlines()[0]}; check the AWS credentials (AWS_ACCESS_KEY_ID or "
+            f"AWS_PROFILE), AWS_ENDPOINT_URL and the network"
+        ) from error
+
+
+@contextmanager
+def _writing(url: str) -> Iterator[None]:
+    """`mendable` for writes to an object store, where only the bucket itself can be missing."""
+    with mendable(url):
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UserError(f"{url}: {error}; create the bucket or mend the URL") from error
 
 
 def is_local(url: str) -> bool:
@@ -102,15 +125,16 @@ def read_bytes(url: str) -> bytes:
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes or replaces the file in one step."""
-    with mendable(url):
-        if is_local(url):
-            target = absolute(url)
-            temp = _write_temp(target, data)
-            os.replace(temp, target)
-            _sync_folder(target)
-        else:
+    if not is_local(url):
+        with _writing(url):
             fs, path = _remote(url)
             fs.pipe_file(path, data)
+        return
+    with mendable(url):
+        target = absolute(url)
+        temp = _write_temp(target, data)
+        os.replace(temp, target)
+        _sync_folder(target)
 
 
 def put_if_absent(url: str, data: bytes) -> bool:
@@ -123,7 +147,7 @@ def put_if_absent(url: str, data: bytes) -> bool:
         return _link_if_absent(absolute(url), data)
     if exists(url):
         return False
-    with mendable(url):
+    with _writing(url):
         fs, path = _remote(url)
         try:
             fs.pipe_file(path, data, mode="create")
@@ -162,7 +186,10 @@ def list_dir(url: str) -> list[str]:
 
 
 def list_files(url: str) -> list[tuple[str, int]]:
-    """(relative path, bytes) of every file below a folder, sorted; empty when it is missing."""
+    """(relative path, bytes) of every file below a folder, sorted; empty when it is missing.
+
+    Links are followed. UserError for one that leads nowhere, or back to a folder above it.
+    """
     with mendable(url):
         found = _walk(absolute(url)) if is_local(url) else _find(url)
         return sorted(
@@ -210,11 +237,12 @@ def upload_file(local_file: str, url: str) -> None:
 
     The link shares its bytes with `local_file`, which must not be written to afterwards.
     """
-    with mendable(url):
-        if not is_local(url):
+    if not is_local(url):
+        with _writing(url):
             fs, path = _remote(url)
             fs.put_file(local_file, path)
-            return
+        return
+    with mendable(url):
         target = absolute(url)
         if os.path.exists(target) and os.path.samefile(local_file, target):
             return
@@ -239,18 +267,6 @@ def upload_dir(local_dir: str, url: str) -> list[FileRecord]:
     for record in records:
         upload_file(os.path.join(local_dir, record.path), join(url, record.path))
     return records
-
-
-def download_dir(url: str, local_dir: str) -> None:
-    """Copies every file below `url` into `local_dir`, which is whole only when this returns."""
-    for relative, _ in list_files(url):
-        if ".." in PurePosixPath(relative).parts or relative.startswith("/"):
-            raise UserError(f"{url}: refused the path {relative!r} that leaves the folder")
-        target = os.path.join(local_dir, relative)
-        with mendable(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            with _open(join(url, relative)) as source, open(target, "wb") as file:
-                shutil.copyfileobj(source, file, _BLOCK)
 
 
 def describe_dir(url: str) -> list[FileRecord]:
@@ -296,21 +312,40 @@ def _open(url: str) -> BinaryIO:
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    if not os.path.isdir(root):
-        return
-    # Data sets are often assembled from linked class folders, so links are followed.
-    for folder, _, names in os.walk(root, onerror=fail, followlinks=True):
-        for name in names:
-            path = os.path.join(folder, name)
-            yield os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)
+    """Follows links: data sets are often assembled from linked class folders."""
+    # A folder's path below root, its real path, and the real folders that links led away from.
+    waiting: list[tuple[str, str, tuple[str, ...]]] = []
+    if os.path.isdir(root):
+        waiting.append(("", os.path.realpath(root), ()))
+    while waiting:
+        above, real, left = waiting.pop()
+        for entry in list(os.scandir(os.path.join(root, above))):
+            path = f"{above}/{entry.name}" if above else entry.name
+            linked = entry.is_symlink()
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if not linked:
+                    raise
+                raise UserError(f"{entry.path}: a link to nothing; mend or remove it") from error
+            if not stat.S_ISDIR(status.st_mode):
+                yield path, status.st_size
+            elif not linked:
+                waiting.append((path, os.path.join(real, entry.name), left))
+            else:
+                target = os.path.realpath(entry.path)
+                if any(os.path.commonpath([target, one]) == target for one in (real, *left)):
+                    raise UserError(f"{entry.path}: a link to a folder around it; remove it")
+                waiting.append((path, target, (*left, real)))
 
 
 def _find(url: str) -> Iterator[tuple[str, int]]:
     fs, root = _remote(url)
-    for name, info in fs.find(root, detail=True).items():
+    try:
+        found = fs.find(root, detail=True)
+    except FileNotFoundError:  # not even the bucket is there
+        return
+    for name, info in found.items():
         if name.startswith(root + "/") and name != root + "/":
             yield name[len(root) + 1 :], int(info["size"])
 

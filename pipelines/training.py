@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from consistency.config import ConsistencyConfig, NetworkConfig, NoiseConfig, TeacherConfig
+from consistency.config import (
+    ConsistencyConfig,
+    NetworkConfig,
+    NoiseConfig,
+    TeacherConfig,
+    check_network,
+)
 from infra import storage, tracking
 from infra.errors import UserError
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
@@ -84,6 +90,10 @@ def run_stage(
     from consistency.published import ModelDescription
     from infra import cluster
 
+    try:
+        check_network(config.network, shard.value.size)
+    except ValueError as error:
+        raise UserError(f"network.{error}") from error
     training = config.training
     about = ModelDescription(
         kind="denoiser" if isinstance(training, TeacherConfig) else "consistency",

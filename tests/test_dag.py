@@ -293,7 +293,9 @@ def add_wide(ctx: StepContext, config: Wide) -> Number:
 
 def test_the_reason_compares_with_the_newest_result(place, monkeypatch):
     for lr in (0.3, 0.1, 0.2):
-        monkeypatch.setattr(execution.time, "time", lambda lr=lr: 1e9 + {0.3: 0, 0.1: 50, 0.2: 20}[lr])
+        monkeypatch.setattr(
+            execution.time, "time", lambda lr=lr: 1e9 + {0.3: 0, 0.1: 50, 0.2: 20}[lr]
+        )
         place.run(diamond(a_config=Config(lr=lr)))
     assert place.reasons(diamond(a_config=Config(lr=7.0)))["a"] == "lr: 0.1 -> 7.0"
 

@@ -106,11 +106,11 @@ class _Yardstick:
         from safetensors.numpy import load_file as load_arrays
         from safetensors.torch import load_file
 
-        from consistency.features import FeatureNet
+        from consistency.features import feature_net_for
         from consistency.frechet import GaussianStats
 
         about = shard.value
-        self.net = FeatureNet(
+        self.net = feature_net_for(
             size=about.size, image_channels=about.channels, num_classes=about.num_classes
         )
         self.net.load_state_dict(load_file(ctx.fetch(reference, "features.safetensors")))
