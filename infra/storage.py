@@ -50,10 +50,7 @@ class FileRecord:
 
 
 def user_error_from(error: OSError, url: str, place: str = "--workspace") -> UserError | None:
-    """The one line for an OSError the user can mend, None for all others.
-
-    `place` is the setting that puts `url` elsewhere.
-    """
+    """The one line for an OSError the user can mend, else None; `place`: the setting to change."""
     code = errno.EACCES if isinstance(error, PermissionError) and not error.errno else error.errno
     if code not in _MENDS:
         return None
@@ -313,15 +310,14 @@ def _open(url: str) -> BinaryIO:
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:
     """Follows links: data sets are often assembled from linked class folders."""
+    if not os.path.isdir(root):
+        return
     # A folder's path below root, its real path, and the real folders that links led away from.
-    waiting: list[tuple[str, str, tuple[str, ...]]] = []
-    if os.path.isdir(root):
-        waiting.append(("", os.path.realpath(root), ()))
+    waiting: list[tuple[str, str, tuple[str, ...]]] = [("", os.path.realpath(root), ())]
     while waiting:
         above, real, left = waiting.pop()
         for entry in list(os.scandir(os.path.join(root, above))):
-            path = f"{above}/{entry.name}" if above else entry.name
-            linked = entry.is_symlink()
+            path, linked = os.path.join(above, entry.name), entry.is_symlink()
             try:
                 status = entry.stat()
             except OSError as error:
@@ -341,10 +337,9 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
 
 def _find(url: str) -> Iterator[tuple[str, int]]:
     fs, root = _remote(url)
-    try:
+    found: dict[str, Any] = {}
+    with suppress(FileNotFoundError):  # not even the bucket is there
         found = fs.find(root, detail=True)
-    except FileNotFoundError:  # not even the bucket is there
-        return
     for name, info in found.items():
         if name.startswith(root + "/") and name != root + "/":
             yield name[len(root) + 1 :], int(info["size"])

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -143,7 +144,7 @@ def test_a_bad_request_is_not_taken_for_a_lost_race(monkeypatch: pytest.MonkeyPa
         storage.put_if_absent("memory://nobody/commit", b"mine")
 
 
-def test_a_directory_goes_up_and_comes_down_unchanged(root: str, tmp_path: Path) -> None:
+def test_a_directory_goes_up_unchanged(root: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "deep" / "er").mkdir(parents=True)
     (source / "a.bin").write_bytes(b"aa")
@@ -153,11 +154,42 @@ def test_a_directory_goes_up_and_comes_down_unchanged(root: str, tmp_path: Path)
     assert [(r.path, r.bytes) for r in records] == [("a.bin", 2), ("deep/er/b.bin", 0)]
     assert storage.describe_dir(root) == records
     storage.verify(root, records)
-    storage.download_dir(root, str(tmp_path / "back"))
-    assert storage.describe_dir(str(tmp_path / "back")) == records
+    assert storage.read_bytes(storage.join(root, "a.bin")) == b"aa"
     storage.remove_tree(root)
     assert not storage.exists(root)
     assert (source / "a.bin").read_bytes() == b"aa"
+
+
+def test_linked_files_and_folders_are_listed(tmp_path: Path) -> None:
+    for name in ("elsewhere/a", "root/b", "root/sub/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"xyz")
+    root = tmp_path / "root"
+    (root / "one").symlink_to(tmp_path / "elsewhere")
+    (root / "two").symlink_to("sub")  # a folder of the tree by a second name is no circle
+    (root / "sub" / "d").symlink_to(root / "b")
+    names = [name for name, _ in storage.list_files(str(root))]
+    assert names == ["b", "one/a", "sub/c", "sub/d", "two/c", "two/d"]
+
+
+def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "gone.png").symlink_to(tmp_path / "moved.png")
+    with pytest.raises(UserError, match=r"/sub/gone\.png: a link to nothing; mend or remove it"):
+        storage.list_files(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("link", "target"), [("a/back", "a"), ("a/back", "."), ("a/back", ".."), ("a/back", "b")]
+)
+def test_links_in_a_circle_end_in_one_line(tmp_path: Path, link: str, target: str) -> None:
+    root = tmp_path / "root"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+    (root / link).symlink_to((root / target).resolve())
+    (root / "b" / "forth").symlink_to(root / "a")  # with a/back -> b: a circle of two
+    with pytest.raises(UserError, match="(back|forth): a link to a folder around it; remove it"):
+        storage.list_files(str(root))
 
 
 def test_uploading_a_directory_onto_itself_changes_nothing(tmp_path: Path) -> None:
@@ -214,3 +246,78 @@ def test_a_file_in_the_place_of_a_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="a file stands where a folder is needed"):
         storage.write_bytes(str(tmp_path / "file" / "x"), b"")
+
+
+def test_the_mend_names_the_setting_that_moves_the_file() -> None:
+    full = OSError(errno.ENOSPC, "full")
+    said = [storage.user_error_from(full, "/x"), storage.user_error_from(full, "/x", "TMPDIR")]
+    assert [str(line) for line in said] == [
+        "disk full: /x: free space or choose another --workspace",
+        "disk full: /x: free space or choose another TMPDIR",
+    ]
+
+
+# --- an S3 store that does not answer, and one that has no such bucket ---------------------------
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """No credentials of this machine, no retries, nothing kept from other tests."""
+    s3fs = pytest.importorskip("s3fs")
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield monkeypatch
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def with_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+
+
+def test_missing_credentials_are_one_line(s3: pytest.MonkeyPatch) -> None:
+    for call in (storage.list_dir, storage.exists, storage.read_bytes, storage.list_files):
+        with pytest.raises(UserError, match=r"^s3://b/k: Unable to locate credentials; check"):
+            call("s3://b/k")
+    with pytest.raises(UserError, match="Unable to locate credentials"):
+        storage.write_bytes("s3://b/k", b"")
+
+
+def test_a_store_that_does_not_answer_is_one_line(s3: pytest.MonkeyPatch) -> None:
+    with_credentials(s3)
+    with pytest.raises(
+        UserError, match=r"^s3://b/k: Could not connect.*AWS_ENDPOINT_URL"
+    ) as caught:
+        storage.read_bytes("s3://b/k")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bucket_that_does_not_exist_is_empty_to_read_and_one_line_to_write(
+    s3: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    moto = pytest.importorskip("moto.server")
+    with_credentials(s3)
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        s3.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        assert storage.list_dir("s3://nowhere/k") == storage.list_files("s3://nowhere/k") == []
+        assert not storage.exists("s3://nowhere/k")
+        (tmp_path / "file").write_bytes(b"x")
+        for write in (
+            lambda url: storage.write_bytes(url, b""),
+            lambda url: storage.put_if_absent(url, b""),
+            lambda url: storage.upload_file(str(tmp_path / "file"), url),
+        ):
+            with pytest.raises(UserError, match=r"^s3://nowhere/k: .*create the bucket or mend"):
+                write("s3://nowhere/k")
+    finally:
+        server.stop()

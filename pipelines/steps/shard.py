@@ -35,16 +35,13 @@ class ShardConfig:
         path = storage.absolute(data.path)
         if not storage.exists(path):
             raise UserError(f"data.path: {path} does not exist; check the spelling or mount it")
-        files: list[tuple[str, object]] = [
-            *sources.files_of(data.source, path, data.split, data.labels)
-        ]
-        if (
-            data.source != "folder"
-            and storage.is_local(path)
-            and sum(s for _, s in files) <= HASHED
-        ):
-            files = [(name, storage.sha256(os.path.join(path, name))) for name, _ in files]
-        return cls(data=data, content=hashlib.sha256(repr(files).encode()).hexdigest())
+        files = sources.files_of(data.source, path, data.split, data.labels)
+        said: list[tuple[str, int | str]] = list(files)
+        hashed = data.source != "folder" and storage.is_local(path)
+        if hashed and sum(size for _, size in files) <= HASHED:
+            urls = [(name, storage.join(path, name) if name else path) for name, _ in files]
+            said = [(name, storage.sha256(url)) for name, url in urls]
+        return cls(data=data, content=hashlib.sha256(repr(said).encode()).hexdigest())
 
 
 def run(ctx: StepContext, config: ShardConfig) -> ShardSet:
