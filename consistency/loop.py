@@ -115,13 +115,16 @@ def train(
 
 
 def stop_if_not_finite(loss: Tensor, sigma: Tensor, state: TrainState, workers: Workers) -> None:
-    """Raise NonFiniteLoss on every rank when any rank's loss is not finite."""
-    bad = (~torch.isfinite(loss.detach())).float()
+    """Raise NonFiniteLoss on every rank, naming the first one whose loss is not finite."""
+    loss, (low, high) = loss.detach().float(), sigma.float().aminmax()
+    own = torch.stack([(~torch.isfinite(loss)).float(), loss, low, high])
+    ranks = [own]
     if workers.world_size > 1:
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    if bad.item() > 0:
-        raise NonFiniteLoss(
-            f"loss is {loss.item()} at step {state.steps} ({state.images} images) on rank "
-            f"{workers.rank}; sigma in [{sigma.min().item():.4g}, {sigma.max().item():.4g}]; "
-            f"lower lr, or set grad_clip"
-        )
+        ranks = [torch.empty_like(own) for _ in range(workers.world_size)]
+        dist.all_gather(ranks, own)
+    for rank, (bad, value, smallest, largest) in enumerate(torch.stack(ranks).tolist()):
+        if bad:
+            raise NonFiniteLoss(
+                f"loss is {value} at step {state.steps} ({state.images} images) on rank {rank}; "
+                f"sigma in [{smallest:.4g}, {largest:.4g}]; lower lr, or set grad_clip"
+            )

@@ -48,7 +48,9 @@ class RayExecutor:
         return Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
 
     def submit(self, function: Callable[..., Any], *args: Any, needs: Resources, name: str) -> Any:
-        task = ray.remote(function).options(
+        # One process per step: an idle one would keep what it imported, half a gigabyte, until the
+        # end of the run.
+        task = ray.remote(max_calls=1)(function).options(
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
             max_retries=0,

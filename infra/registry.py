@@ -63,15 +63,25 @@ class Registration:
 def decide(
     candidate: Standing, champion: Standing | None, alias: str, bound: float | None
 ) -> tuple[bool, str]:
-    """The gate: does `alias` belong to `candidate`, and why."""
+    """The gate: does `candidate` hold `alias` from now on, and why.
+
+    The gate gives the alias and never takes it away without a successor: a champion that was
+    evaluated anew and fails the absolute checks keeps it, and the text says so.
+    """
     distance = math.nan if candidate.distance is None else candidate.distance
     mine, version = f"{distance:.2f} %", f"version {candidate.version}"
-    if champion is not None and champion.version == candidate.version:
-        return True, f"{version} already is {alias} ({mine})"
+    holds = champion is not None and champion.version == candidate.version
+    failed = None
     if not math.isfinite(distance):
-        return False, f"{version} gets no alias: its distance is not finite"
-    if bound is not None and distance > bound:
-        return False, f"{version} gets no alias: {mine} is above max_distance {bound:g} %"
+        failed = "its distance is not finite"
+    elif bound is not None and distance > bound:
+        failed = f"{mine} is above max_distance {bound:g} %"
+    if failed and holds:
+        return True, f"{version} is still {alias}, which nothing replaces, although {failed}"
+    if failed:
+        return False, f"{version} gets no alias: {failed}"
+    if holds:
+        return True, f"{version} already is {alias} ({mine})"
     if champion is None:
         return True, f"{version} is {alias}: the first one ({mine})"
     holder = f"version {champion.version}"
@@ -105,7 +115,8 @@ def register_model(
 ) -> Registration:
     """One READY LoggedModel and one version per `digest`, whatever earlier attempts left behind.
 
-    Call it from one process per registry: setting an alias is not compare-and-swap.
+    Call it from one process per registry: setting an alias is not compare-and-swap. Raises
+    UserError as `tracking.experiment_id` does.
     """
     client = tracking.connect(uri)
     import mlflow
@@ -141,13 +152,17 @@ def register_model(
 
 
 def verify_registered(uri: str, name: str, version: int, digest: str) -> bool:
-    """Is that version still in the registry, of that digest, with its files?"""
+    """Is that version still in the registry, of that digest, with its files?
+
+    Raises UserError when a tracking server cannot be asked.
+    """
     database = tracking.sqlite_path(uri)
     if database is not None:
         return _verify_in_sqlite(database, name, version, digest)
-    client = tracking.connect(uri)
-    found = _versions(client, name, digest)
-    return any(int(v.version) == version and _has_files(client, _model_id(v)) for v in found)
+    with tracking.user_errors(uri):
+        client = tracking.connect(uri)
+        found = _versions(client, name, digest)
+        return any(int(v.version) == version and _has_files(client, _model_id(v)) for v in found)
 
 
 def _verify_in_sqlite(database: Path, name: str, version: int, digest: str) -> bool:

@@ -54,7 +54,11 @@ def default_tracking_uri(workspace: str) -> str:
 
 
 def artifact_root(workspace: str) -> str:
-    """`<workspace>/mlartifacts` for sqlite, which else writes below the current folder."""
+    """`<workspace>/mlartifacts` for sqlite, which else writes below the current folder.
+
+    MLflow records it once per experiment, as an absolute URI: `experiment_id` refuses a workspace
+    that was moved since.
+    """
     if not storage.is_local(workspace):
         return storage.join(workspace, "mlartifacts")
     return Path(storage.absolute(storage.join(workspace, "mlartifacts"))).as_uri()
@@ -67,7 +71,7 @@ def probe(uri: str) -> None:
     """
     database = sqlite_path(uri)
     if database is None or database.exists():
-        with _user_errors(uri):
+        with user_errors(uri):
             connect(uri).search_experiments(max_results=1)
 
 
@@ -77,7 +81,7 @@ def without_secrets(uri: str) -> str:
 
 
 @contextmanager
-def _user_errors(uri: str) -> Iterator[None]:
+def user_errors(uri: str) -> Iterator[None]:
     """What a tracking server can do wrong, as one line."""
     try:
         yield
@@ -146,7 +150,11 @@ def _create_database(path: Path) -> None:
 
 
 def experiment_id(client: "MlflowClient", uri: str, name: str, artifact_root: str | None) -> str:
-    """Id of the experiment, found or created. UserError when a person deleted it."""
+    """Id of the experiment, found or created.
+
+    UserError when a person deleted it, or moved the workspace with its sqlite database: artifacts
+    would go to the old place.
+    """
     from mlflow.exceptions import MlflowException
 
     location = artifact_root if sqlite_path(uri) is not None else None  # a server has its own
@@ -164,7 +172,22 @@ def experiment_id(client: "MlflowClient", uri: str, name: str, artifact_root: st
             f"experiment {name} was deleted in MLflow: restore it with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
+    if location is not None and _moved(found.artifact_location, location, uri):
+        raise UserError(
+            f"the registry {sqlite_path(uri)} keeps its files in {found.artifact_location}: its "
+            f"workspace was moved or copied; move it back, or delete that mlflow.db to register "
+            f"anew, or set MLFLOW_TRACKING_URI to another registry"
+        )
     return str(found.experiment_id)
+
+
+def _moved(recorded: str, location: str, uri: str) -> bool:
+    """Whether a workspace's own database records artifacts that lie in another workspace."""
+    database, root = sqlite_path(uri), os.path.realpath(storage.absolute(location))
+    assert database is not None
+    if os.path.realpath(database.parent) != os.path.dirname(root):
+        return False  # a database beside the workspaces, shared by several of them
+    return os.path.realpath(storage.absolute(recorded)) != root
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -186,7 +209,7 @@ def open_run(
     """
     from mlflow.entities import Param
 
-    with _user_errors(uri):
+    with user_errors(uri):
         client = connect(uri)
         home = experiment_id(client, uri, experiment, artifact_root)
     found = client.search_runs(
@@ -224,15 +247,22 @@ def log_artifacts(uri: str, run_id: str, paths: Sequence[Path]) -> None:
 
 def predict(uri: str, model: str, num_samples: int, params: Mapping[str, Any]) -> Any:
     """What the registered model `models:/NAME@ALIAS` (or /VERSION) draws. Raises UserError."""
-    with _user_errors(uri):
+    with user_errors(uri):
         connect(uri)
         import mlflow
         import pandas as pd  # type: ignore[import-untyped]
+        from mlflow.exceptions import MlflowException
 
         mlflow.set_tracking_uri(uri)  # load_model has no argument for it
         mlflow.set_registry_uri(uri)
-        loaded = mlflow.pyfunc.load_model(model)
-        return loaded.predict(pd.DataFrame({"num_samples": [num_samples]}), params=dict(params))
+        try:
+            loaded = mlflow.pyfunc.load_model(model)
+            return loaded.predict(pd.DataFrame({"num_samples": [num_samples]}), params=dict(params))
+        except MlflowException as error:
+            # The server answers well: there is no such model, or the model refuses the request.
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(f"{model}: {error.message.splitlines()[0]}") from error
 
 
 class MetricWriter:

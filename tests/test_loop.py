@@ -2,6 +2,8 @@
 
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from consistency.config import (
     UniformPairs,
 )
 from consistency.data import ImageStream
-from consistency.loop import NonFiniteLoss, Workers, train
+from consistency.loop import NonFiniteLoss, Workers, stop_if_not_finite, train
 from consistency.objectives import ConsistencyObjective, DenoisingObjective
 from consistency.parameterization import ConsistencyFunction, Denoiser
 from consistency.published import ModelDescription, build_network
@@ -191,6 +193,50 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched():
         assert torch.equal(torch.nan_to_num(value), torch.nan_to_num(before[key]))
 
 
+def _bad_rank(rank, port, path):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    state = SimpleNamespace(steps=7, images=56)
+    try:
+        for loss in (1.0, (1.0, float("inf"))[rank]):  # a good step, then rank 1's bad one
+            sigma = torch.tensor([0.5, 2.0]) + rank
+            stop_if_not_finite(torch.tensor(loss), sigma, state, Workers(rank, 2))
+            Path(path, f"{rank}-passed").touch()
+    except NonFiniteLoss as error:
+        Path(path, f"{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_names_the_first_bad_one_with_its_loss_and_its_sigmas(tmp_path):
+    mp.spawn(_bad_rank, args=(free_port(), str(tmp_path)), nprocs=2)
+    said = "loss is inf at step 7 (56 images) on rank 1; sigma in [1.5, 3]; "
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank}-passed").exists()
+        assert (tmp_path / f"{rank}").read_text().startswith(said)
+
+
+def test_restored_optimizer_slots_lie_in_memory_as_their_parameters_do(tmp_path):
+    """Fused Adam pairs the elements of both by address."""
+    config = CONFIGS["teacher"]
+    saved = fresh(config)
+    assert saved.optimizer.defaults["fused"]
+    run = steps(saved, config)
+    for _ in range(2):
+        next(run)
+    saved.save(tmp_path)
+    restored = fresh(config)
+    restored.restore(tmp_path)
+    permuted = 0
+    for parameter, twin in zip(saved.net.parameters(), restored.net.parameters(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            slot = restored.optimizer.state[twin][key]
+            assert slot.stride() == twin.stride() == parameter.stride()
+            assert torch.equal(slot, saved.optimizer.state[parameter][key])
+        permuted += not twin.is_contiguous()
+    assert permuted > 0  # else the network is not channels last, and nothing was tested
+
+
 def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     config = CONFIGS["teacher"]
     state = fresh(config)
@@ -253,6 +299,12 @@ def test_the_data_set_is_not_changed_by_flipping():
     assert np.array_equal(before, data.images)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _rank(rank, port, world_size, name, path):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -273,10 +325,7 @@ def no_dropout(config):
 def test_three_ranks_reach_what_one_rank_reaches(tmp_path):
     name = "cd"
     # A batch of 8 over 3 ranks: uneven shares (2, 3, 3) must still be one mean.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, 3, name, str(tmp_path)), nprocs=3)
+    mp.spawn(_rank, args=(free_port(), 3, name, str(tmp_path)), nprocs=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     config = no_dropout(CONFIGS[name])
     alone = fresh(config)

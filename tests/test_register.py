@@ -18,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from infra import registry, tracking
+from infra.errors import UserError
 from infra.registry import Registration, Standing, decide
 from pipelines.artifacts import Committed, Evaluation, Score, ShardSet, TrainedModel
 from pipelines.recipe import RegisterConfig
@@ -341,6 +342,25 @@ def test_verify_asks_for_name_version_and_digest(place: Place) -> None:
     assert not (place.workspace / "mlflow.db").exists()
 
 
+def test_a_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"^tracking server http://127\.0\.0\.1:9: ") as caught:
+        registry.verify_registered("http://127.0.0.1:9", NAME, 1, "d1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_moved_workspace_is_refused_before_anything_is_registered(
+    place: Place, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    place.register()
+    moved = tmp_path_factory.mktemp("moved") / "workspace"
+    shutil.move(place.workspace, moved)
+    assert not registry.verify_registered(Place(moved, place.models).uri, NAME, 1, "d1")
+    with pytest.raises(UserError, match="workspace was moved or copied; move it back"):
+        run_step(Place(moved, place.models), PERCENTS)
+    assert not place.workspace.exists()
+
+
 # --- the gate ------------------------------------------------------------------------------------
 
 
@@ -358,7 +378,15 @@ def standing(version: int, distance: float | None, protocol: str = "e1") -> Stan
         (standing(2, 1.2), standing(1, 3.0, "e2"), None, False, "evaluated in another way"),
         (standing(2, 1.2), standing(1, None), None, False, "no recorded distance"),
         (standing(1, 3.0), standing(1, 3.0), None, True, "already is champion"),
-        (standing(1, 3.0), standing(1, 9.0, "e2"), 1.0, True, "already is champion"),
+        (standing(1, 3.0), standing(1, 9.0, "e2"), 4.0, True, "already is champion (3.00 %)"),
+        (
+            *(standing(1, 3.0), standing(1, 3.0), 1.0, True),
+            "version 1 is still champion, which nothing replaces, although 3.00 % is above",
+        ),
+        (
+            *(standing(1, float("nan")), standing(1, 3.0), None, True),
+            "version 1 is still champion, which nothing replaces, although its distance is not",
+        ),
         (standing(1, 3.0), None, 2.0, False, "3.00 % is above max_distance 2 %"),
         (standing(1, 2.0), None, 2.0, True, "the first one"),
         (standing(2, 2.5), standing(1, 3.0), 2.0, False, "above max_distance"),

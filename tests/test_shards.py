@@ -30,7 +30,7 @@ def made_source(count: int = 23, side: int = 4, channels: int = 3, seed: int = 0
     def samples() -> Iterator[tuple[np.ndarray, int]]:
         yield from zip(images, labels.tolist(), strict=True)
 
-    return Source("made", count, side, side, channels, ("a", "b", "c"), samples, "digest")
+    return Source("made", count, side, side, channels, ("a", "b", "c"), samples)
 
 
 def pairs(data: ImageArray | Source) -> list[tuple[int, bytes]]:

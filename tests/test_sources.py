@@ -17,7 +17,7 @@ from PIL import Image
 from infra import storage
 from infra.cifar10 import CLASSES
 from infra.errors import UserError
-from infra.sources import Source, fit_image, open_source
+from infra.sources import Source, files_of, fit_image, open_source
 
 DATA = Path(os.environ.get("CMFORGE_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 RNG = np.random.default_rng(0)
@@ -94,7 +94,6 @@ def test_npz_is_read_with_and_without_labels(tmp_path: Path) -> None:
     named = open_source("npz", str(tmp_path / "a.npz"), size=None, fit="crop", labels="kind")
     assert read(named)[1].tolist() == [2, 0, 1, 2, 0, 1]
     assert named.class_names == ("0", "1", "2")
-    assert named.digest != plain.digest
     np.savez(tmp_path / "grey.npz", images=made[..., 0])
     assert open_source("npz", str(tmp_path / "grey.npz"), size=None, fit="crop").channels == 1
 
@@ -185,16 +184,44 @@ def test_fitting_crops_the_centre_pads_with_zeros_and_passes_the_right_size(chan
     )
 
 
-def test_streams_repeat_and_the_digest_follows_the_content_not_the_place(tmp_path: Path) -> None:
-    made = RNG.integers(0, 256, (5, 4, 4), np.uint8)
-    sources = []
-    for name in ("one", "two"):
-        write_idx(tmp_path / name, made, np.zeros(5))
-        sources.append(open_source("idx", str(tmp_path / name), size=8, fit="pad"))
-    assert sources[0].digest == sources[1].digest
-    np.testing.assert_array_equal(read(sources[0])[0], read(sources[0])[0])
-    write_idx(tmp_path / "two", made ^ 1, np.zeros(5))
-    assert open_source("idx", str(tmp_path / "two"), size=8, fit="pad").digest != sources[0].digest
+def test_streams_repeat(tmp_path: Path) -> None:
+    write_idx(tmp_path, RNG.integers(0, 256, (5, 4, 4), np.uint8), np.arange(5))
+    source = open_source("idx", str(tmp_path), size=8, fit="pad")
+    for first, second in zip(read(source), read(source), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+def test_the_files_of_a_source_are_those_it_reads(tmp_path: Path) -> None:
+    """Among everything else that lies around."""
+    files = {
+        "folder": ["a/1.png", "a/b/2.JPEG", "c.d/3.webp"],
+        "idx": ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte"],
+        "cifar10": ["cifar-10-batches-py/data_batch_2", "data_batch_1.bin"],
+        "sheets": ["labels.npy", "train_0.webp", "train_1.png"],
+    }
+    noise = [".hidden.png", ".git/a.png", "notes.txt", "test_0.webp", "t10k-images-idx3-ubyte.gz"]
+    noise += ["cifar-10-batches-py/test_batch", "cifar-10-batches-py/readme.html", "other.npy"]
+    for kind, own in files.items():
+        for name in [*own, *noise[: 3 if kind == "folder" else None]]:
+            storage.write_bytes(str(tmp_path / kind / name), name.encode())
+        found = files_of(kind, str(tmp_path / kind))
+        assert found == [(name, len(name)) for name in own], kind
+    sheets = str(tmp_path / "sheets")
+    assert [name for name, _ in files_of("sheets", sheets, "test", "other.npy")] == [
+        "other.npy",
+        "test_0.webp",
+    ]
+    archive = str(tmp_path / "cifar.tar.gz")
+    storage.write_bytes(archive, b"12")
+    assert files_of("cifar10", archive) == files_of("npz", archive) == [("", 2)]
+    assert files_of("folder", archive) == []
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/.2.png", ".thumbnails/3.png", "a/.cache/4.png"):
+        write_image(tmp_path / name, np.zeros((4, 4), np.uint8))
+    source = open_source("folder", str(tmp_path), size=4, fit="crop")
+    assert (source.count, source.class_names) == (1, ("a",))
 
 
 def test_any_fsspec_url_serves(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_links_in_a_circle_end_in_one_line(tmp_path: Path, link: str, target: st
         (root / name).mkdir(parents=True)
     (root / link).symlink_to((root / target).resolve())
     (root / "b" / "forth").symlink_to(root / "a")  # with a/back -> b: a circle of two
-    with pytest.raises(UserError, match="(back|forth): a link to a folder around it; remove it"):
+    with pytest.raises(UserError, match=r"(back|forth): a link to a folder around it; remove it"):
         storage.list_files(str(root))
 
 

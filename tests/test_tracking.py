@@ -24,7 +24,7 @@ def open_any_run(uri: str, artifact_root: str | None = None) -> str:
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template")
-    open_any_run(tracking.default_tracking_uri(str(folder)))
+    tracking.open_run(tracking.default_tracking_uri(str(folder)), "empty", "e", "e", None, {}, {})
     return folder
 
 
@@ -191,6 +191,65 @@ def test_files_and_folders_go_below_the_workspace(workspace: Path) -> None:
     tracking.log_artifacts(uri, run_id, [workspace / "grids", workspace / "report.html"])
     stored = {p.name for p in (workspace / "mlartifacts").rglob("*") if p.is_file()}
     assert stored == {"a.png", "report.html"}
+
+
+def test_a_moved_or_copied_workspace_is_refused_instead_of_written_to_the_old_place(
+    workspace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    open_run(workspace)
+    other = tmp_path_factory.mktemp("other")
+    shutil.copy(workspace / "mlflow.db", other / "mlflow.db")
+    said = f"{other}/mlflow.db keeps its files in {(workspace / 'mlartifacts').as_uri()}.*moved"
+    with pytest.raises(UserError, match=f"{said}.*move it back, or delete") as caught:
+        open_run(other)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_workspace_by_another_name_of_the_same_folder_is_not_moved(
+    workspace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    _, run_id = open_run(workspace)
+    link = tmp_path_factory.mktemp("links") / "link"
+    link.symlink_to(workspace)
+    assert open_run(link)[1] == run_id
+
+
+def test_workspaces_may_share_a_database_that_lies_in_neither(
+    workspace: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    uri = tracking.default_tracking_uri(str(workspace))
+    for name in ("one", "two"):
+        root = tracking.artifact_root(str(tmp_path_factory.mktemp(name)))
+        assert open_any_run(uri, root)
+    assert open_any_run(uri, "s3://bucket/w/mlartifacts")
+
+
+# --- a model that is not there -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("models:/nothing/1", r"models:/nothing/1: .*nothing.* not found"),
+        ("models:/nothing@champion", "models:/nothing@champion: .*not found"),
+        ("models:/nothing", "models:/nothing: .*"),
+    ],
+)
+def test_a_model_that_does_not_exist_is_named_and_no_server_is_blamed(
+    workspace: Path, model: str, says: str
+) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        tracking.predict(tracking.default_tracking_uri(str(workspace)), model, 1, {})
+    assert "tracking_uri" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dead_server_is_blamed_when_a_model_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9.*mend cluster\.tracking_uri"):
+        tracking.predict("http://127.0.0.1:9", "models:/m@champion", 1, {})
 
 
 # --- metrics -------------------------------------------------------------------------------------
