@@ -24,7 +24,7 @@ class DataConfig:
 
     source: SourceKind = "digits"
     # Folder, file or fsspec URL; `digits` is embedded and has none. Where images lie is not what
-    # they are: a listing of their names and sizes stands for them (steps/shard.py).
+    # they are: a digest of the files themselves stands for them (steps/shard.py).
     path: str | None = field(default=None, metadata={"identity": False})
     size: int | None = None  # side in pixels; None keeps the source's own
     fit: Literal["crop", "pad"] = "crop"

@@ -122,6 +122,8 @@ def test_a_mistake_in_the_recipe_is_named_by_file_line_column_and_key(refuse, ol
         ("cluster.workers=two", "workers: expected an integer, got two"),
         ("cluster.wrokers=2", "wrokers: unknown key, did you mean 'workers'?"),
         ("data.num_shards=0", "data.num_shards: 0 must be > 0"),
+        ("data.labels=kind", "data.labels: source digits brings its own"),
+        ("network.channels=9", "network.channels: 9 must be even and >= 4"),
         ("data.path=/somewhere", "data.path: source digits is embedded and takes none"),
         ("data.source=folder", "data.path: source folder needs one"),
     ],
@@ -189,6 +191,11 @@ def loose_image(root: Path) -> None:
     save(root / "loose.png", 3)
 
 
+def broken_link(root: Path) -> None:
+    good_folder(root)
+    (root / "cat" / "9.png").symlink_to(root / "nowhere.png")
+
+
 def too_few(root: Path) -> None:
     save(root / "cat" / "0.png", 3)
 
@@ -210,6 +217,7 @@ FOLDER = ["data.source=folder", "data.path=images", "data.size=8", "data.limit=n
         (transparent, ["data.path: ", "/images/dog/2.png is RGBA, neither grey nor RGB"]),
         (loose_image, ["data.path: ", "/images has images both in sub-folders and outside"]),
         (too_few, ["data.path: ", "1 images are too few"]),
+        (broken_link, ["", "/images/cat/9.png: a link to nothing; mend or remove it"]),
         (lambda root: root.write_text("a file"), ["data.path: ", "/images has no PNG, JPEG or"]),
     ],
 )
