@@ -7,6 +7,8 @@ more than it keeps. Import this module only when something must run; it costs a 
 import logging
 import os
 import secrets
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,10 @@ class RayExecutor:
         if address == "local":
             # The dashboard is not for looking: Train frees leaked resources through its API.
             settings["include_dashboard"] = True
+            # Ray hands the interpreter's path to a shell as it is; a space in it would hang us.
+            quoted = shlex.quote(sys.executable)
+            if quoted != sys.executable:
+                settings["runtime_env"] = {"py_executable": quoted}
         try:
             ray.init(address=address, **settings)
         except (ConnectionError, ValueError) as error:
