@@ -95,7 +95,8 @@ def _headline(page: Page) -> str:
     r, shard = page.registered, page.shard
     one = page.evaluation.score(r.candidate, 1)
     two = page.evaluation.score(r.candidate, 2)
-    teacher = next((s for s in page.evaluation.scores if s.candidate == "teacher"), None)
+    teachers = [s for s in page.evaluation.scores if s.candidate == "teacher"]
+    teacher = max(teachers, key=lambda s: s.evaluations, default=None)
     kind, said = ("pill held", "no alias") if r.alias is None else ("pill", f"@{r.alias}")
     alias = f'<span class="{kind}">{escape(said)}</span>'
     stats = [

@@ -197,6 +197,15 @@ def test_the_page_is_well_formed_and_asks_nothing_of_any_network() -> None:
     assert document == html.render(page())
 
 
+def test_the_headline_shows_the_teacher_at_its_best_not_at_one_evaluation() -> None:
+    weak = score("teacher", 1, 0.9)
+    samples = {**page().samples, html.sample_key(weak): page().samples["teacher-18"]}
+    shown = page(evaluation=evaluation(REFERENCE.metric, (weak, *SCORES)), samples=samples)
+    head = html.render(shown).split("<section")[0:3]
+    assert "teacher, 35 evaluations" in "".join(head)
+    assert "teacher, 1 evaluations" not in "".join(head)
+
+
 def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
     plain = Outline(html.render(page()))
     scores = tuple(
