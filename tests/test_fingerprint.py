@@ -197,7 +197,10 @@ def test_a_number_that_is_not_finite_is_refused(value):
         (["network.channel_mult=[1,4]"], ["network.channel_mult: [1, 2] -> [1, 4]"]),
         (["distill.pairs.levels.N=40"], ["distill.pairs.levels.N: 18 -> 40"]),
         (["isolate.pairs.kind=ratio"], ["isolate.pairs.kind: lognormal -> ratio"]),
-        (["teacher.ema=[{kind: constant, beta: 0.9}]"], ["teacher.ema[0].beta: 0.998 -> 0.9"]),
+        (
+            ["teacher.ema=[{kind: power, sigma_rel: 0.05}]"],
+            ["teacher.ema[0].sigma_rel: 0.1 -> 0.05"],
+        ),
         (["teacher.flip=true", "seed=3"], ["seed: 0 -> 3", "teacher.flip: false -> true"]),
     ],
 )
