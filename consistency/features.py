@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consistency.sampling import from_uint8
+
 FEATURES = 64
 ROTATIONS = 4
 SMALLEST = 4  # side of the last feature map
@@ -131,7 +133,7 @@ def train_feature_net(
         while len(order) < batch:  # epoch after epoch, each in a new order
             order = torch.cat([order, torch.randperm(len(pixels), generator=generator)])
         index, order = order[:batch], order[batch:]
-        x = _to_network(pixels[index])
+        x = from_uint8(pixels[index])
         if rotations:
             y = torch.randint(ROTATIONS, (batch,), generator=generator)
             x = torch.stack([x.rot90(k, (2, 3)) for k in range(ROTATIONS)])[y, torch.arange(batch)]
@@ -180,12 +182,7 @@ def _batches(
     for start in range(0, len(images_u8), batch):
         where = slice(start, start + batch)
         pixels = torch.from_numpy(np.ascontiguousarray(images_u8[where]))
-        yield _to_network(pixels.to(device)), where
-
-
-def _to_network(pixels: Tensor) -> Tensor:
-    """uint8 [B, H, W, C] -> float [B, C, H, W] in [-1, 1]."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        yield from_uint8(pixels.to(device)), where
 
 
 def _check_images(net: FeatureNet, images_u8: NDArray[np.uint8]) -> None:

@@ -39,7 +39,7 @@ def draw(
             images = loaded.generate(range(num), steps=steps or default, seed=seed, label=label)
     except ValueError as error:
         raise UserError(f"sample: {error}") from error
-    scale = max(1, 40 // int(images.shape[1]))
+    scale = png.tile_scale(int(images.shape[1]))
     with storage.mendable(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(png.encode_png(png.grid(images, min(10, num), scale=scale)))

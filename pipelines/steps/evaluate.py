@@ -68,7 +68,9 @@ def run(
         model = replace(model, description=replace(model.description, mid_sigma=config.mid_sigma))
         distance, percent, agreement, sheet = yardstick.measure(model, steps, samples, config.seed)
         grid = f"{candidate}-{steps}.png"
-        (ctx.out / grid).write_bytes(png.encode_png(png.grid(sheet, 10, scale=_scale(sheet))))
+        (ctx.out / grid).write_bytes(
+            png.encode_png(png.grid(sheet, 10, scale=png.tile_scale(int(sheet.shape[1]))))
+        )
         sheets[f"{candidate}-{steps}"] = sheet
         denoiser = trained.value.kind == "denoiser"
         scores.append(
@@ -148,8 +150,3 @@ class _Yardstick:
             agreed / samples if conditional else None,
             sheet,
         )
-
-
-def _scale(images: "Pixels") -> int:
-    """Enlarge small images to about 40 pixels a side."""
-    return max(1, 40 // int(images.shape[1]))
