@@ -50,43 +50,43 @@ def run(
     torch.set_num_threads(1)  # the one CPU this step holds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     yardstick = _Yardstick(ctx, shard, reference, device)
+    one_and_two = [(1, config.samples), (2, config.samples)]
     asked = [
-        ("teacher", teacher, 1, config.samples),
-        ("teacher", teacher, 2, config.samples),
-        ("teacher", teacher, config.teacher_steps, config.teacher_samples),
-        ("distill", distill, 1, config.samples),
-        ("distill", distill, 2, config.samples),
-        ("isolate", isolate, 1, config.samples),
-        ("isolate", isolate, 2, config.samples),
+        ("teacher", teacher, [*one_and_two, (config.teacher_steps, config.teacher_samples)]),
+        ("distill", distill, one_and_two),
+        ("isolate", isolate, one_and_two),
     ]
     scores: list[Score] = []
     sheets: dict[str, Any] = {}
-    for candidate, trained, steps, samples in asked:
+    for candidate, trained, samplings in asked:
         ctx.fetch(trained, "config.json")
         model = published.load(ctx.fetch(trained, "weights.safetensors").parent)
         model.function.to(device)
         model = replace(model, description=replace(model.description, mid_sigma=config.mid_sigma))
-        distance, percent, agreement, sheet = yardstick.measure(model, steps, samples, config.seed)
-        grid = f"{candidate}-{steps}.png"
-        (ctx.out / grid).write_bytes(
-            png.encode_png(png.grid(sheet, 10, scale=png.tile_scale(int(sheet.shape[1]))))
-        )
-        sheets[f"{candidate}-{steps}"] = sheet
         denoiser = trained.value.kind == "denoiser"
-        scores.append(
-            Score(
-                candidate=candidate,
-                sampler="heun" if denoiser else "multistep",
-                steps=steps,
-                evaluations=model.evaluations(steps),
-                samples=samples,
-                distance=distance,
-                percent=percent,
-                agreement=agreement,
-                grid=grid,
-                sigmas=() if denoiser else tuple(model.sigmas(steps)),
+        for steps, samples in samplings:
+            distance, percent, agreement, sheet = yardstick.measure(
+                model, steps, samples, config.seed
             )
-        )
+            grid = f"{candidate}-{steps}.png"
+            (ctx.out / grid).write_bytes(
+                png.encode_png(png.grid(sheet, 10, scale=png.tile_scale(int(sheet.shape[1]))))
+            )
+            sheets[f"{candidate}-{steps}"] = sheet
+            scores.append(
+                Score(
+                    candidate=candidate,
+                    sampler="heun" if denoiser else "multistep",
+                    steps=steps,
+                    evaluations=model.evaluations(steps),
+                    samples=samples,
+                    distance=distance,
+                    percent=percent,
+                    agreement=agreement,
+                    grid=grid,
+                    sigmas=() if denoiser else tuple(model.sigmas(steps)),
+                )
+            )
     np.savez_compressed(ctx.out / "samples.npz", **sheets)
     return Evaluation(
         metric=reference.value.metric,
