@@ -1,7 +1,8 @@
-"""What is trained, as frozen values. Standard library only, so a plan can be printed without torch.
+"""Noise axis, network and sampling EMAs as frozen values; the methods are in `method_config`.
 
-Every class validates itself: ValueError whose text begins with the offending field. The `kind`
-field tells the members of a union apart (in YAML too). Symbols as in the package docstring.
+Standard library only, so a plan can be printed without torch. Every class validates itself:
+ValueError whose text begins with the offending field. The `kind` field tells the members of a
+union apart (in YAML too). Symbols as in the package docstring.
 """
 
 import math
@@ -14,6 +15,10 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def require_share(name: str, share: float) -> None:
+    require(0 <= share < 1, f"{name}: {share} must be in [0, 1)")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
     """The noise axis shared by every stage: Karras et al. 2022 (EDM), Table 1; CM Appendix C."""
@@ -22,6 +27,9 @@ class NoiseConfig:
     sigma_max: float = 80.0
     sigma_data: float = 0.5
     rho: float = 7.0
+    # What the network is told of sigma: ln(sigma) / 4 (EDM), or the angle atan(sigma / sigma_data)
+    # (TrigFlow, made for sCM). One network cannot be used under the other convention.
+    c_noise: Literal["log_sigma", "angle"] = "log_sigma"
 
     def __post_init__(self) -> None:
         require(self.sigma_min > 0, f"sigma_min: {self.sigma_min} must be > 0")
@@ -35,13 +43,19 @@ class NoiseConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """EDM's DDPM++ U-Net; the defaults are its CIFAR-10 size (55.7 M parameters)."""
+    """A U-Net of Karras et al. 2022, Table 7; the defaults are DDPM++ for CIFAR-10 (55.7 M)."""
 
+    architecture: Literal["ddpmpp", "ncsnpp", "adm"] = "ddpmpp"
     channels: int = 128
     channel_mult: tuple[int, ...] = (2, 2, 2)
     num_blocks: int = 4
     attention: tuple[int, ...] = (16,)  # resolutions with self-attention
     class_conditional: bool = False
+    # How the embedding enters a block: added; as scale and shift of the norm (AdaGN); the same with
+    # both pixel-normalised (sCM, section 4.1). None: what the architecture was published with.
+    adagn: Literal["shift", "scale_shift", "double_norm"] | None = None
+    head_channels: int | None = None  # width of an attention head; None: 64 for adm, else one head
+    fourier_scale: float = 16.0  # ncsnpp: std of its random frequencies (0.02 for iCT and sCM)
 
     def __post_init__(self) -> None:
         require(
@@ -53,6 +67,11 @@ class NetworkConfig:
             f"channel_mult: {list(self.channel_mult)} needs at least one level, each >= 1",
         )
         require(self.num_blocks >= 1, f"num_blocks: {self.num_blocks} must be >= 1")
+        require(self.fourier_scale > 0, f"fourier_scale: {self.fourier_scale} must be > 0")
+        require(
+            self.head_channels is None or self.head_channels >= 1,
+            f"head_channels: {self.head_channels} must be >= 1",
+        )
         require(
             all(side >= 1 for side in self.attention),
             f"attention: {list(self.attention)} must hold sides in pixels, each >= 1",
@@ -64,6 +83,18 @@ class NetworkConfig:
                 f"channels: {self.channels} makes a layer of {width} channels, which does not "
                 f"divide into {groups} groups; take a multiple of 32",
             )
+
+    def heads(self, width: int) -> int:
+        """Attention heads of a layer of `width` channels: one where it is narrower than a head."""
+        wanted = self.head_channels or (64 if self.architecture == "adm" else width)
+        heads = max(1, width // wanted)
+        # ADM's own 64 gives way (96 channels: one head of 96); a width asked for is exact.
+        divisor = heads if self.head_channels is None else min(wanted, width)
+        require(
+            width % divisor == 0,
+            f"head_channels: {wanted} does not divide the {width} channels of an attention layer",
+        )
+        return heads
 
     def _widths(self) -> set[int]:
         """Channels of every normalised layer, the decoder's concatenations with skips included."""
@@ -99,6 +130,9 @@ def check_network(network: NetworkConfig, size: int) -> None:
     require(
         not missed, f"attention: {missed} is never reached, only {reached} are (of {size} pixels)"
     )
+    for side, mult in zip(reached, network.channel_mult, strict=True):
+        if side in network.attention or side == reached[-1]:  # the lowest one always attends
+            network.heads(network.channels * mult)
 
 
 # --- sampling EMAs (what is evaluated and published; not the target network) -------------------
@@ -157,121 +191,35 @@ class PowerEMA:
 EMAConfig = ConstantEMA | HalfLifeEMA | PowerEMA
 
 
-# --- parts of a consistency objective -----------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
-class ConstantLevels:
-    """N grid points throughout."""
+class ChurnConfig:
+    """Fresh noise in Heun's sampler: S_churn, S_min, S_max, S_noise of Algorithm 2, EDM."""
 
-    kind: Literal["constant"] = "constant"
-    N: int = 18
+    S_churn: float
+    S_min: float = 0.0
+    S_max: float | None = None  # None: no upper level
+    S_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.N >= 2, f"N: {self.N} must be >= 2 (grid points, not intervals)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SqrtLevels:
-    """N(k) of Song et al. 2023, Appendix C: from s0 to s1 + 1 points, growing like sqrt(k)."""
-
-    kind: Literal["sqrt"] = "sqrt"
-    s0: int = 2
-    s1: int = 150
-
-    def __post_init__(self) -> None:
-        require(self.s0 >= 2, f"s0: {self.s0} must be >= 2")
-        require(self.s1 >= self.s0, f"s1: {self.s1} must be >= s0 ({self.s0})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoublingLevels:
-    """N(k) of iCT: min(s0 2^floor(k/K'), s1) + 1 points."""
-
-    kind: Literal["doubling"] = "doubling"
-    s0: int = 10
-    s1: int = 1280
-
-    def __post_init__(self) -> None:
-        require(self.s0 >= 1, f"s0: {self.s0} must be >= 1")
-        require(self.s1 >= self.s0, f"s1: {self.s1} must be >= s0 ({self.s0})")
-
-
-LevelsConfig = ConstantLevels | SqrtLevels | DoublingLevels
-
-
-@dataclass(frozen=True, kw_only=True)
-class UniformPairs:
-    """(t_{n+1}, t_n), n uniform on the Karras grid of N(k) points (CM)."""
-
-    kind: Literal["uniform"] = "uniform"
-    levels: LevelsConfig = ConstantLevels()
-
-
-@dataclass(frozen=True, kw_only=True)
-class LognormalPairs:
-    """(t_{n+1}, t_n), n drawn by the lognormal law discretised to the grid (iCT)."""
-
-    kind: Literal["lognormal"] = "lognormal"
-    levels: LevelsConfig = DoublingLevels()
-    P_mean: float = -1.1
-    P_std: float = 2.0
-
-    def __post_init__(self) -> None:
-        require(self.P_std > 0, f"P_std: {self.P_std} must be > 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RatioPairs:
-    """t lognormal, r(t) = t (1 - (1 + k sigmoid(-b t)) / q^(stage+1)), no grid (ECT)."""
-
-    kind: Literal["ratio"] = "ratio"
-    P_mean: float = -1.1
-    P_std: float = 2.0
-    q: float = 2.0
-    stages: int = 8
-    k: float = 8.0
-    b: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(self.P_std > 0, f"P_std: {self.P_std} must be > 0")
-        require(self.q > 1, f"q: {self.q} must be > 1")
-        require(self.stages >= 1, f"stages: {self.stages} must be >= 1")
-        require(self.k >= 0, f"k: {self.k} must be >= 0")
-
-
-PairsConfig = UniformPairs | LognormalPairs | RatioPairs
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetEMA:
-    """The target network theta-: mu per step; adaptive mu(k) = exp(s0 ln mu0 / N(k)) if s0 > 0."""
-
-    kind: Literal["ema"] = "ema"
-    mu: float = 0.95
-    adaptive_s0: int = 0
-    variant: Literal["paper", "openai"] = "paper"
-
-    def __post_init__(self) -> None:
-        require(0 <= self.mu < 1, f"mu: {self.mu} must be in [0, 1)")
-        require(self.adaptive_s0 >= 0, f"adaptive_s0: {self.adaptive_s0} must be >= 0")
+        require(self.S_churn > 0, f"S_churn: {self.S_churn} must be > 0")
+        require(self.S_min >= 0, f"S_min: {self.S_min} must be >= 0")
         require(
-            self.adaptive_s0 == 0 or self.mu > 0,
-            "mu: must be > 0 when adaptive (it is the mu0 of the schedule)",
+            self.S_max is None or self.S_max > self.S_min,
+            f"S_max: {self.S_max} must be > S_min ({self.S_min})",
         )
+        require(self.S_noise > 0, f"S_noise: {self.S_noise} must be > 0")
+
+    def arguments(self) -> dict[str, float]:
+        """Keyword arguments of `sampling.sample_heun`."""
+        return {
+            "S_churn": self.S_churn,
+            "S_min": self.S_min,
+            "S_max": math.inf if self.S_max is None else self.S_max,
+            "S_noise": self.S_noise,
+        }
 
 
-@dataclass(frozen=True, kw_only=True)
-class StopGradTarget:
-    """theta- is theta itself under no_grad (iCT, ECT): no second network."""
-
-    kind: Literal["stop_grad"] = "stop_grad"
-
-
-TargetConfig = TargetEMA | StopGradTarget
-
-
-# --- stages --------------------------------------------------------------------------------------
+# --- training: what every stage shares, and the teacher -------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,13 +231,17 @@ class TrainConfig:
     optimizer: Literal["adam", "radam"] = "adam"
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8  # of the optimiser
     warmup_images: int = 0
+    inverse_sqrt_images: int = 0  # lr falls as 1 / sqrt(images / this) after so many; 0 means never
     decay_from: float = 1.0  # fraction of the budget where a linear decay to zero begins
     grad_clip: float = 0.0  # global norm; 0 means none
     dropout: float = 0.0
+    dropout_max_side: int | None = None  # dropout only at resolutions up to this; None: everywhere
     flip: bool = False  # random horizontal flips
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of the network's inside; masters are fp32
     ema: tuple[EMAConfig, ...] = (ConstantEMA(),)  # the first one is evaluated and published
+    snapshots: int = 0  # of the power EMAs, evenly spread: any EMA length can be rebuilt from them
 
     def __post_init__(self) -> None:
         require(self.images > 0, f"images: {self.images} must be > 0")
@@ -300,13 +252,32 @@ class TrainConfig:
         )
         require(self.lr > 0 and math.isfinite(self.lr), f"lr: {self.lr} must be > 0")
         require(all(0 <= beta < 1 for beta in self.betas), f"betas: {self.betas} must be in [0, 1)")
+        require(self.eps > 0, f"eps: {self.eps} must be > 0")
         require(self.warmup_images >= 0, f"warmup_images: {self.warmup_images} must be >= 0")
+        require(
+            self.inverse_sqrt_images >= 0,
+            f"inverse_sqrt_images: {self.inverse_sqrt_images} must be >= 0",
+        )
         require(0 <= self.decay_from <= 1, f"decay_from: {self.decay_from} must be in [0, 1]")
         require(self.grad_clip >= 0, f"grad_clip: {self.grad_clip} must be >= 0")
         require(0 <= self.dropout < 1, f"dropout: {self.dropout} must be in [0, 1)")
+        require(
+            self.dropout_max_side is None or self.dropout_max_side >= 1,
+            f"dropout_max_side: {self.dropout_max_side} must be >= 1 (pixels)",
+        )
         require(len(self.ema) > 0, "ema: needs at least one entry, it is what gets published")
         names = [ema.name for ema in self.ema]
         require(len(set(names)) == len(names), f"ema: {names} has two of the same kind")
+        require(self.snapshots >= 0, f"snapshots: {self.snapshots} must be >= 0")
+        require(
+            self.snapshots <= self.steps,
+            f"snapshots: {self.snapshots} are more than the {self.steps} steps",
+        )
+        require(
+            self.snapshots == 0 or sum(isinstance(ema, PowerEMA) for ema in self.ema) >= 2,
+            "snapshots: need two power EMAs to rebuild others from, such as "
+            "ema=[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.10}]",
+        )
 
     @property
     def steps(self) -> int:
@@ -316,48 +287,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(TrainConfig):
-    """EDM denoising: ln sigma ~ N(P_mean, P_std^2)."""
+    """EDM denoising: ln sigma ~ N(P_mean, P_std^2).
+
+    With `noise.c_noise: angle` it trains a TrigFlow model: the two losses are the same function.
+    """
 
     P_mean: float = -1.2
     P_std: float = 1.2
+    label_dropout: float = 0.0  # share of images whose class is hidden, for guidance (Ho 2022)
+    adaptive_weight: bool = False  # loss / exp(u) + u with a learned u(sigma) (Eq. 21, EDM2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.P_std > 0, f"P_std: {self.P_std} must be > 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig(TrainConfig):
-    """One composition of parts: pairs x path x distance x weight x target.
-
-    `method` is the name of the preset in `configs/methods/` that filled the keys left unsaid.
-    """
-
-    method: str
-    init: Literal["scratch", "teacher"]
-    pairs: PairsConfig
-    path: Literal["heun", "euler", "noise"]  # teacher ODE step, or the same noise (CT)
-    distance: Literal["l1", "squared_l2", "pseudo_huber"] = "pseudo_huber"
-    huber_c: float | None = None  # None: 0.00054 sqrt(dim), iCT
-    weight: Literal["uniform", "inverse_gap"] = "uniform"
-    target: TargetConfig = StopGradTarget()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.huber_c is None or self.huber_c >= 0, f"huber_c: {self.huber_c} must be >= 0")
-        require(
-            not (isinstance(self.pairs, RatioPairs) and self.path != "noise"),
-            f"path: {self.path} has no meaning with ratio pairs (r may be 0); use noise",
-        )
-        require(
-            not (
-                isinstance(self.pairs, RatioPairs)
-                and isinstance(self.target, TargetEMA)
-                and self.target.adaptive_s0 > 0
-            ),
-            "target.adaptive_s0: needs an N(k), which ratio pairs do not have",
-        )
-
-    @property
-    def uses_teacher(self) -> bool:
-        return self.init == "teacher" or self.path != "noise"
+        require_share("label_dropout", self.label_dropout)

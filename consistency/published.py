@@ -13,12 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from consistency import sampling
-from consistency.config import NetworkConfig, NoiseConfig
-from consistency.networks.unet import UNet
-from consistency.parameterization import ConsistencyFunction, Denoiser
+from consistency import networks, sampling
+from consistency.config import ChurnConfig, NetworkConfig, NoiseConfig
+from consistency.parameterization import ConsistencyFunction, Denoiser, MeanVelocity, guided
 from consistency.schedules import karras_sigmas
 
 
@@ -26,12 +25,14 @@ from consistency.schedules import karras_sigmas
 class ModelDescription:
     """What must be known beside the weights to rebuild and sample a model."""
 
-    kind: Literal["denoiser", "consistency"]
+    kind: Literal["denoiser", "consistency", "mean_flow"]
     network: NetworkConfig
     noise: NoiseConfig
     size: int
     channels: int
     class_names: tuple[str, ...]
+    boundary: float = 0.002  # sigma at which f is the identity
+    lowest_sigma: float = 0.0  # trained from here upwards only (TCM's second stage)
     mid_sigma: float = 0.821  # second noise level of two-step sampling (iCT's for CIFAR-10)
 
     @property
@@ -62,37 +63,43 @@ class ModelDescription:
             raise ValueError(f"config.json is not a cmforge model description: {error}") from error
 
 
-def build_network(description: ModelDescription, dropout: float = 0.0) -> UNet:
+def build_network(
+    description: ModelDescription,
+    dropout: float = 0.0,
+    dropout_max_side: int | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
     """The inner network F, untrained, in the memory layout it is fastest in.
 
     Measured on AVX2 cores, 3x3 convolutions at 16 to 32 pixels: channels last 1.0 to 2 times as
     fast; at 8 pixels no difference. GPU tensor cores want it too.
     """
-    network = description.network
-    net = UNet(
+    net = networks.build(
+        description.network,
         size=description.size,
         image_channels=description.channels,
         num_classes=description.num_classes,
-        channels=network.channels,
-        channel_mult=network.channel_mult,
-        num_blocks=network.num_blocks,
-        attention=network.attention,
         dropout=dropout,
+        dropout_max_side=dropout_max_side,
+        gap=description.kind == "mean_flow",
+        device=device,
     )
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def build(description: ModelDescription, weights: Mapping[str, Tensor]) -> "PublishedModel":
-    """Denoiser D or consistency function f in eval mode, with `weights` of the inner network F."""
+    """D, f or u in eval mode, with `weights` of the inner network F."""
     net = build_network(description)
     net.load_state_dict(dict(weights))
     net.eval().requires_grad_(False)
     noise = description.noise
-    function = (
-        Denoiser(net, noise.sigma_data)
-        if description.kind == "denoiser"
-        else ConsistencyFunction(net, noise.sigma_data, noise.sigma_min)
-    )
+    function: Denoiser | ConsistencyFunction | MeanVelocity
+    if description.kind == "denoiser":
+        function = Denoiser(net, noise.sigma_data, noise.c_noise)
+    elif description.kind == "consistency":
+        function = ConsistencyFunction(net, noise.sigma_data, description.boundary, noise.c_noise)
+    else:
+        function = MeanVelocity(net)
     return PublishedModel(description, function)
 
 
@@ -109,24 +116,48 @@ class PublishedModel:
     """A model ready to sample."""
 
     description: ModelDescription
-    function: Denoiser | ConsistencyFunction
+    function: Denoiser | ConsistencyFunction | MeanVelocity
 
     def sigmas(self, steps: int) -> list[float]:
         """The noise levels of a `steps`-step consistency sample, descending from sigma_max.
 
-        Two steps use `mid_sigma`; more steps take the Karras grid between sigma_max and sigma_min
-        (its end excluded).
+        Two steps use `mid_sigma`; more steps take the Karras grid between sigma_max and the lowest
+        level the model knows (sigma_min excluded). No level lies below `lowest_sigma`.
         """
-        noise = self.description.noise
+        noise, lowest = self.description.noise, self.description.lowest_sigma
         if steps == 1:
             return [noise.sigma_max]
         if steps == 2:
-            return [noise.sigma_max, self.description.mid_sigma]
+            return [noise.sigma_max, max(self.description.mid_sigma, lowest)]
+        if lowest > 0:
+            grid = karras_sigmas(steps, lowest, noise.sigma_max, noise.rho)
+            return [float(s) for s in grid.flip(0)]
         grid = karras_sigmas(steps + 1, noise.sigma_min, noise.sigma_max, noise.rho)
         return [float(s) for s in grid.flip(0)[:-1]]
 
+    def times(self, steps: int) -> list[float]:
+        """The times of a `steps`-step MeanFlow sample, descending from 1.
+
+        Two steps pass through t = sigma / (1 + sigma) of `mid_sigma`, more are equally long.
+        """
+        if steps == 2:
+            return [1.0, self.description.mid_sigma / (1 + self.description.mid_sigma)]
+        return [1 - step / steps for step in range(steps)]
+
+    @property
+    def sampler(self) -> str:
+        return {"denoiser": "heun", "consistency": "multistep", "mean_flow": "mean_flow"}[
+            self.description.kind
+        ]
+
+    def levels(self, steps: int) -> list[float]:
+        """Where a sampler evaluates the network: sigmas, or MeanFlow's times; [] for Heun."""
+        if self.description.kind == "denoiser":
+            return []
+        return self.times(steps) if self.description.kind == "mean_flow" else self.sigmas(steps)
+
     def evaluations(self, steps: int) -> int:
-        """Network calls per image."""
+        """Network calls per image (guidance doubles them)."""
         return 2 * steps - 1 if self.description.kind == "denoiser" else steps
 
     def labels(self, indices: Sequence[int], label: int | None = None) -> Tensor | None:
@@ -145,26 +176,50 @@ class PublishedModel:
         steps: int,
         seed: int,
         label: int | None = None,
+        levels: Sequence[float] | None = None,
+        guidance: float = 1.0,
+        churn: ChurnConfig | None = None,
         batch: int = 250,
     ) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Images [n, H, W, C] uint8; row j depends on (seed, indices[j], label, steps) alone.
+        """Images [n, H, W, C] uint8; row j depends on seed, indices[j] and the settings alone.
 
-        Raises ValueError for a step count or label the model does not have.
+        levels: other noise levels (times, of a MeanFlow) than those of `steps`. guidance and churn
+        are a denoiser's. Raises ValueError for what this model cannot do.
         """
         if steps < 1:
             raise ValueError(f"steps: {steps} must be at least 1")
-        classes = self.description.num_classes
+        about = self.description
+        classes, diffusion = about.num_classes, about.kind == "denoiser"
         if label is not None and not 0 <= label < classes:
             raise ValueError(f"class: {label} is not one of this model's {classes} classes")
-        chunks = [
-            self._generate_batch(indices[start : start + batch], steps, seed, label)
-            for start in range(0, len(indices), batch)
-        ]
+        if diffusion and levels is not None:
+            raise ValueError("levels: a diffusion model takes Heun steps; give steps instead")
+        if not diffusion and (guidance != 1 or churn is not None):
+            raise ValueError("guidance and churn are a diffusion model's; this one has none")
+        if guidance != 1 and classes == 0:
+            raise ValueError("guidance: needs a class-conditional model")
+        for sigma in levels or ():
+            if sigma < about.lowest_sigma:
+                raise ValueError(
+                    f"levels: {sigma:g} lies below {about.lowest_sigma:g}, this model's lowest"
+                )
+        chunks = []
+        for start in range(0, len(indices), batch):
+            rows = indices[start : start + batch]
+            images = self._sample(rows, steps, seed, label, levels, guidance, churn)
+            chunks.append(sampling.to_uint8(images).cpu().numpy())
         return np.concatenate(chunks)
 
-    def _generate_batch(
-        self, indices: Sequence[int], steps: int, seed: int, label: int | None
-    ) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def _sample(
+        self,
+        indices: Sequence[int],
+        steps: int,
+        seed: int,
+        label: int | None,
+        levels: Sequence[float] | None,
+        guidance: float,
+        churn: ChurnConfig | None,
+    ) -> Tensor:
         about, noise = self.description, self.description.noise
         device = next(self.function.parameters()).device
         shape = (about.channels, about.size, about.size)
@@ -175,25 +230,28 @@ class PublishedModel:
         def draw(number: int) -> Tensor:
             return sampling.sample_noise(seed, indices, shape, draw=number, device=device)
 
-        if steps == 1:  # for a denoiser too: Euler from sigma_max to 0 is D itself
-            images = sampling.sample_onestep(self.function, draw, labels, sigma_max=noise.sigma_max)
-        elif about.kind == "denoiser":
-            images = sampling.sample_heun(
+        levels = self.levels(steps) if levels is None else levels
+        if isinstance(self.function, MeanVelocity):
+            return sampling.sample_mean_flow(self.function, draw, levels, labels)
+        if about.kind == "consistency":
+            return sampling.sample_multistep(
                 self.function,
                 draw,
-                steps,
+                levels,
                 labels,
-                sigma_min=noise.sigma_min,
-                sigma_max=noise.sigma_max,
-                rho=noise.rho,
-            )
-        else:
-            images = sampling.sample_multistep(
-                self.function,
-                draw,
-                self.sigmas(steps),
-                labels,
-                sigma_min=noise.sigma_min,
+                sigma_min=about.boundary,
                 sigma_max=noise.sigma_max,
             )
-        return sampling.to_uint8(images).cpu().numpy()
+        denoise = guided(self.function, guidance)
+        if steps == 1:  # Euler from sigma_max to 0 is D itself
+            return sampling.sample_onestep(denoise, draw, labels, sigma_max=noise.sigma_max)
+        return sampling.sample_heun(
+            denoise,
+            draw,
+            steps,
+            labels,
+            sigma_min=noise.sigma_min,
+            sigma_max=noise.sigma_max,
+            rho=noise.rho,
+            **({} if churn is None else churn.arguments()),
+        )

@@ -32,6 +32,16 @@ class BatchRandom:
         full = torch.randn((self.total, *shape), generator=self.generator, device=device)
         return full[self.start : self.stop]
 
+    def uniform(self) -> Tensor:
+        """Uniform on [0, 1), float32 [stop - start]."""
+        device = self.generator.device
+        full = torch.rand(self.total, generator=self.generator, device=device)
+        return full[self.start : self.stop]
+
+    def row(self) -> Tensor:
+        """Which rows of the global batch these are, int64 [stop - start]: draws nothing."""
+        return torch.arange(self.start, self.stop, device=self.generator.device)
+
     def integers(self, high: int) -> Tensor:
         """Uniform on {0, ..., high - 1}, int64 [stop - start]."""
         device = self.generator.device

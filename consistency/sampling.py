@@ -82,6 +82,29 @@ def sample_multistep(
 
 
 @torch.no_grad()
+def sample_mean_flow(
+    u: Callable[..., Tensor],
+    noise: Noise,
+    times: Sequence[float],
+    labels: Tensor | None = None,
+) -> Tensor:
+    """z <- z - (t - r) u(z, t, t - r) from each time to the next and to 0 (Algorithm 2, MeanFlow).
+
+    One evaluation of u per time, clamped to [-1, 1] at the end. `times` begin with 1 and decrease,
+    all above 0; ValueError otherwise.
+    """
+    listed = ", ".join(f"{time:g}" for time in times)
+    if not times or times[0] != 1 or times[-1] <= 0:
+        raise ValueError(f"MeanFlow's times must start at 1 and stay above 0: [{listed}]")
+    if any(not after < before for before, after in pairwise(times)):
+        raise ValueError(f"MeanFlow's times must decrease: [{listed}]")
+    z = noise(0)
+    for t, r in pairwise([*times, 0.0]):
+        z = z - (t - r) * u(z, z.new_full((len(z),), t), z.new_full((len(z),), t - r), labels)
+    return z.clamp(-1, 1)
+
+
+@torch.no_grad()
 def sample_heun(
     denoise: Model,
     noise: Noise,

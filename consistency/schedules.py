@@ -4,8 +4,10 @@ Nothing here has state to save: a resumed run calls the same function with the s
 `k` and `K` are in any one unit (images seen, optimiser steps) as long as both use it.
 """
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,22 +95,33 @@ def ect_r(
     return (t * (1 - gap * (1 + k * torch.sigmoid(-b * t)))).clamp_min(0)
 
 
-def lr_factor(images: int, total: int, warmup_images: int, decay_from: float) -> float:
+def lr_factor(
+    images: int,
+    total: int,
+    warmup_images: int,
+    decay_from: float,
+    *,
+    inverse_sqrt_images: int = 0,
+) -> float:
     """Learning-rate factor in [0, 1]: linear warm-up, constant, linear decay to 0 at `total`.
 
     The decay starts at `decay_from` (a fraction of `total`); 1.0 means no decay. All in images.
+    `inverse_sqrt_images` > 0 multiplies by 1 / sqrt(max(images / it, 1)) (EDM2).
     """
-    if total <= 0 or images < 0 or warmup_images < 0:
+    if total <= 0 or min(images, warmup_images, inverse_sqrt_images) < 0:
         raise ValueError(
-            f"need total > 0 and images, warmup_images >= 0, got {total}, {images}, {warmup_images}"
+            "need total > 0 and images, warmup_images, inverse_sqrt_images >= 0, "
+            f"got {total}, {images}, {warmup_images}, {inverse_sqrt_images}"
         )
     if not 0 <= decay_from <= 1:
         raise ValueError(f"decay_from is a fraction of the run in [0, 1], got {decay_from}")
-    warmup = min(images / warmup_images, 1.0) if warmup_images else 1.0
-    if decay_from == 1:
-        return warmup
-    left = max(1 - images / total, 0.0)
-    return min(warmup, left / (1 - decay_from), 1.0)
+    factor = min(images / warmup_images, 1.0) if warmup_images else 1.0
+    if decay_from < 1:
+        left = max(1 - images / total, 0.0)
+        factor = min(factor, left / (1 - decay_from))
+    if inverse_sqrt_images:
+        factor /= math.sqrt(max(images / inverse_sqrt_images, 1.0))
+    return factor
 
 
 # ---- laws of the noise level ---------------------------------------------------------------
@@ -132,6 +145,59 @@ def lognormal_sigmas(
     """n noise levels with ln sigma ~ N(P_mean, P_std^2), float32 [n] (Table 1, Karras et al.)."""
     normal = torch.randn(n, generator=generator, device=device, dtype=torch.float32)
     return torch.exp(P_mean + P_std * normal)
+
+
+def truncated_student_t_sigmas(
+    uniform: Tensor, nu: float, loc: float, scale: float, low: float, high: float
+) -> Tensor:
+    """Noise levels with ln sigma ~ loc + scale Student-t(nu) given low <= sigma <= high (TCM).
+
+    The law's quantiles at `uniform` in [0, 1], of its shape and dtype. Lee et al. 2024 take
+    nu = 0.01, loc = 0, scale = 0.2: a peak at sigma = 1 and tails nearly uniform in ln ln sigma.
+    """
+    if not (nu > 0 and scale > 0 and 0 < low < high < math.inf):
+        raise ValueError(
+            "need nu > 0, scale > 0 and 0 < low < high, "
+            f"got nu = {nu}, scale = {scale}, low = {low}, high = {high}"
+        )
+    root = scale * math.sqrt(nu)  # ln sigma = loc + root sinh(u)
+    first, last = (math.asinh((math.log(level) - loc) / root) for level in (low, high))
+    table = _student_t_table(nu, first, last).to(uniform.device)
+    cumulative, u = table[0], table[1]
+    p = uniform.double()
+    right = torch.searchsorted(cumulative, p).clamp(1, len(u) - 1)
+    share = (p - cumulative[right - 1]) / (cumulative[right] - cumulative[right - 1])
+    sigma = torch.exp(loc + root * torch.sinh(torch.lerp(u[right - 1], u[right], share)))
+    return sigma.to(uniform.dtype).clamp(low, high)
+
+
+@functools.lru_cache(maxsize=8)
+def _student_t_table(nu: float, first: float, last: float) -> Tensor:
+    """(cumulative share, u) on a grid of u in [first, last], float64 [2, n], strictly ascending.
+
+    With x = sqrt(nu) sinh(u) the Student-t density (1 + x^2/nu)^(-(nu+1)/2) dx becomes
+    cosh(u)^(-nu) du: as smooth in the far tails of nu = 0.01 as in the middle.
+    """
+    u = np.linspace(first, last, 2**14 + 1)
+    log_density = -nu * (np.logaddexp(u, -u) - math.log(2))
+    density = np.exp(log_density - log_density.max())
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    # Far in a light tail the sum stops growing: such points can never be drawn.
+    cumulative, kept = np.unique(mass / mass[-1], return_index=True)
+    return torch.from_numpy(np.stack([cumulative, u[kept]]))
+
+
+# ---- TrigFlow ------------------------------------------------------------------------------
+
+
+def sigma_to_angle(sigma: Tensor, sigma_data: float) -> Tensor:
+    """t = atan(sigma / sigma_data) in [0, pi/2), the dtype of sigma (Sec. 3, Lu & Song 2024)."""
+    return torch.atan(sigma / sigma_data)
+
+
+def angle_to_sigma(t: Tensor, sigma_data: float) -> Tensor:
+    """sigma = sigma_data tan(t). Near pi/2 float32 angles are 1e-5 apart in sigma (at 80)."""
+    return sigma_data * torch.tan(t)
 
 
 # ---- loss weights --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from consistency.config import ConstantEMA, EMAConfig, HalfLifeEMA, PowerEMA, TrainConfig
 from consistency.ema import ema_update_, gamma_from_sigma_rel, half_life_beta, power_beta
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(Exception):
@@ -24,18 +24,27 @@ class CheckpointError(Exception):
 
 @dataclass
 class TrainState:
-    """net: the inner network F (fp32 masters). target: theta-, or None. averages: EMA name ->
-    parameter name -> fp32 tensor. images and steps: progress over all workers."""
+    """net: the inner network F (fp32 masters). target: theta-, or None. head: the learned loss
+    weight, or None. averages: EMA name -> parameter name -> fp32 tensor. scaler: of fp16's loss,
+    disabled otherwise. images and steps: progress over all workers."""
 
     net: nn.Module
     target: nn.Module | None
+    head: nn.Module | None
     averages: dict[str, dict[str, Tensor]]
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     images: int = 0
     steps: int = 0
 
     @classmethod
-    def fresh(cls, net: nn.Module, target: nn.Module | None, config: TrainConfig) -> "TrainState":
+    def fresh(
+        cls,
+        net: nn.Module,
+        target: nn.Module | None,
+        config: TrainConfig,
+        head: nn.Module | None = None,
+    ) -> "TrainState":
         """Step zero: averages and target start as copies of the network."""
         if target is not None:
             target.load_state_dict(net.state_dict())
@@ -44,7 +53,22 @@ class TrainState:
             ema.name: {k: v.detach().float().clone() for k, v in net.state_dict().items()}
             for ema in config.ema
         }
-        return cls(net, target, averages, make_optimizer(net, config))
+        device = next(net.parameters()).device.type
+        scaler = torch.amp.GradScaler(device, enabled=config.precision == "fp16")
+        trained = [*net.parameters()] + ([] if head is None else [*head.parameters()])
+        return cls(net, target, head, averages, make_optimizer(trained, config), scaler)
+
+    def step_optimizer(self, grad_clip: float) -> bool:
+        """Unscale, clip, step; whether it was taken. Only fp16 refuses one: its scaled gradients
+        overflowed, the scale is lowered and nothing else moves."""
+        self.scaler.unscale_(self.optimizer)
+        if grad_clip > 0:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, grad_clip)
+        self.scaler.step(self.optimizer)
+        before = self.scaler.get_scale()
+        self.scaler.update()
+        return self.scaler.get_scale() >= before
 
     @torch.no_grad()
     def update_averages(self, config: TrainConfig) -> None:
@@ -71,6 +95,7 @@ class TrainState:
             "format": FORMAT,
             "images": self.images,
             "steps": self.steps,
+            "scaler": self.scaler.state_dict(),
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         }
         (folder / "state.json").write_text(json.dumps(record))
@@ -103,11 +128,14 @@ class TrainState:
                     raise CheckpointError(f"{folder}: {name} has shape {list(saved[name].shape)}")
                 tensor.copy_(saved[name])
         self.images, self.steps = record["images"], record["steps"]
+        self.scaler.load_state_dict(record["scaler"])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"net/{k}": v for k, v in self.net.state_dict().items()}
         if self.target is not None:
             tensors |= {f"target/{k}": v for k, v in self.target.state_dict().items()}
+        if self.head is not None:
+            tensors |= {f"head/{k}": v for k, v in self.head.state_dict().items()}
         for name, average in self.averages.items():
             tensors |= {f"ema/{name}/{k}": v for k, v in average.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -124,6 +152,8 @@ class TrainState:
         state: dict[int, dict[str, Tensor]] = {}
         for name in [name for name in saved if name.startswith("optimizer/")]:
             _, index, key = name.split("/", 2)
+            if int(index) >= len(parameters):
+                continue  # of another configuration, as `restore` is about to say
             value, parameter = saved[name], parameters[int(index)]
             if value.shape == parameter.shape:
                 value = torch.empty_like(parameter, device="cpu").copy_(value)
@@ -132,12 +162,15 @@ class TrainState:
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def make_optimizer(net: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Adam or RAdam without weight decay; the learning rate is set by the loop at each step."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
     if config.optimizer == "radam":
-        return torch.optim.RAdam(parameters, lr=config.lr, betas=config.betas, foreach=True)
-    return torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, fused=True)
+        return torch.optim.RAdam(
+            parameters, lr=config.lr, betas=config.betas, eps=config.eps, foreach=True
+        )
+    return torch.optim.Adam(
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+    )
 
 
 def ema_beta(ema: EMAConfig, batch: int, images: int, steps: int) -> float:

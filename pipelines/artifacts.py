@@ -45,23 +45,28 @@ class ReferenceStats:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
-    """`weights.safetensors` (first EMA, fp32) and `config.json`; the curve is in `curve.jsonl`."""
+    """`weights.safetensors` (fp32, of one sampling EMA) and `config.json`; the loss over time is in
+    `curve.jsonl`, the other EMAs in `ema/NAME.safetensors`, and the snapshots of power EMAs in
+    `snapshots/NAME-STEPS.safetensors`."""
 
-    kind: str  # "denoiser" | "consistency"
+    kind: str  # "denoiser" | "consistency" | "mean_flow"
     images: int
     steps: int
     parameters: int
     final_loss: float = field(metadata=MEASURED)
     train_seconds: float = field(metadata=MEASURED)
     weights_sha256: str
+    ema: str  # which one the weights are
+    emas: tuple[str, ...] = ()  # the names of the others
+    snapshots: tuple[str, ...] = ()  # NAME-STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One row of the metric table; the grid is a PNG in the same directory."""
 
-    candidate: str  # "teacher" | "distill" | "isolate"
-    sampler: str  # "heun" | "multistep"
+    candidate: str  # "teacher" | "distill" | "isolate" | "truncate"
+    sampler: str  # "heun" | "multistep" | "mean_flow"
     steps: int
     evaluations: int  # network calls per image (NFE)
     samples: int
@@ -69,7 +74,7 @@ class Score:
     percent: float  # 100 * distance / trace of the reference covariance
     agreement: float | None  # share of samples the feature net puts in the asked-for class
     grid: str
-    sigmas: tuple[float, ...]
+    levels: tuple[float, ...]  # sigmas of multistep, times of mean_flow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,7 @@ class Evaluation:
     """Every score under one protocol."""
 
     metric: str
+    mid_sigma: float  # second level asked of two-step samples
     floor_percent: float
     scores: tuple[Score, ...]
 

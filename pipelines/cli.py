@@ -105,14 +105,27 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "model",
         nargs="?",
-        help="models:/NAME@ALIAS, a model folder, or teacher, distill, isolate of the workspace "
-        "(default: the model registered from it)",
+        help="models:/NAME@ALIAS, a model folder, or teacher, distill, isolate, truncate of the "
+        "workspace (default: the model registered from it)",
     )
     sample.add_argument("--num", type=int, default=40, help="how many images (default 40)")
     sample.add_argument("--steps", type=int, help="evaluations (default 1; a teacher: 18 of Heun)")
+    sample.add_argument(
+        "--levels",
+        metavar="80,0.8",
+        help="one evaluation at each of these noise levels (of a MeanFlow: times, from 1)",
+    )
+    sample.add_argument(
+        "--guidance", type=float, default=1.0, help="of a teacher, towards the class (default 1)"
+    )
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--class", dest="label", type=int, help="class number (default: all)")
     sample.add_argument("--out", default="samples.png", metavar="FILE")
+    cost = add("estimate", _estimate, "print FLOPs, GPU-hours and memory before anything starts")
+    add_recipe(cost, optional=False)
+    cost.add_argument("--mfu", type=float, default=0.4, help="share of the devices' peak (0.4)")
+    for what in ("size", "channels", "classes"):
+        cost.add_argument(f"--{what}", type=int, help=f"{what} of images the recipe leaves open")
     add("doctor", _doctor, "check this machine, the installation and the workspace")
     return parser
 
@@ -177,14 +190,16 @@ def _status(arguments: argparse.Namespace) -> int:
 
     recipe, cluster = _load(arguments)
     print(f"{recipe.name} in {cluster.workspace}")
-    for line in dag.plan(graph.build(recipe, cluster), cluster.workspace):
+    lines = dag.plan(graph.build(recipe, cluster), cluster.workspace)
+    width = max(10, *(len(line.step.name) for line in lines))
+    for line in lines:
         state, detail = "done", ""
         if line.committed is None:
             work = storage.join(dag.home_of(cluster.workspace, line.step), "work")
             state, detail = "open", training_line(work) or line.reason
         else:
             detail = f"{line.committed.seconds:.1f} s  {line.reason}"
-        print(f"  {line.step.name:<10} {state:<5} {line.fingerprint}  {detail}")
+        print(f"  {line.step.name:<{width}} {state:<5} {line.fingerprint}  {detail}")
     return 0
 
 
@@ -217,10 +232,18 @@ def _sample(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         seed=arguments.seed,
         label=arguments.label,
+        levels=None if arguments.levels is None else sample.levels_of(arguments.levels),
+        guidance=arguments.guidance,
         out=Path(arguments.out),
     )
     print(path)
     return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from pipelines import estimate
+
+    return estimate.show(arguments, _load(arguments, recipe_needed=False)[1])
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -266,7 +289,7 @@ def _load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[An
     if not recipe_needed:
         return None, cluster
     if recipe_name is not None:
-        return _at_absolute_path(config.load_recipe(recipe_name, rest)), cluster
+        return _at_absolute_paths(config.load_recipe(recipe_name, rest)), cluster
     saved = storage.join(cluster.workspace, "recipe.yaml")
     if not storage.exists(saved):
         raise UserError(
@@ -281,11 +304,19 @@ def _load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[An
         return config.load_recipe(local, rest), cluster
 
 
-def _at_absolute_path(recipe: Any) -> Any:
-    """A relative data.path is the shell's; workers and later commands may stand elsewhere."""
-    if recipe.data.path is None:
-        return recipe
-    return replace(recipe, data=replace(recipe.data, path=storage.absolute(recipe.data.path)))
+def _at_absolute_paths(recipe: Any) -> Any:
+    """Relative paths are the shell's; workers and later commands may stand elsewhere."""
+    from consistency.method_config import ConsistencyConfig
+
+    if recipe.data.path is not None:
+        data = replace(recipe.data, path=storage.absolute(recipe.data.path))
+        recipe = replace(recipe, data=data)
+    for name in ("distill", "isolate"):
+        stage = getattr(recipe, name)
+        if isinstance(stage, ConsistencyConfig) and stage.lpips is not None:
+            stage = replace(stage, lpips=storage.absolute(stage.lpips))
+            recipe = replace(recipe, **{name: stage})
+    return recipe
 
 
 def _tracking_uri(cluster: Any) -> str:
@@ -319,11 +350,12 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _print_plan(lines: Sequence[Any], forced: Sequence[str]) -> None:
+    width = max(10, *(len(line.step.name) for line in lines))
     for line in lines:
         state, reason = line.state, line.reason
         if line.step.name in forced:
             state, reason = "to run", "--force"
-        print(f"{line.step.name:<10} {state:<7} {line.fingerprint}  {reason}")
+        print(f"{line.step.name:<{width}} {state:<7} {line.fingerprint}  {reason}")
     _warn_of_drift(lines, forced)
     todo = sum(line.state == "to run" or line.step.name in forced for line in lines)
     print(f"{len(lines) - todo} cached, {todo} to run")

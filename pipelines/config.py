@@ -2,7 +2,7 @@
 
 Precedence: dataclass default < method preset < recipe file < override.
 
-- The sections `distill` and `isolate` start from the preset `configs/methods/<method>.yaml`.
+- The sections METHOD_SECTIONS start from the preset `configs/methods/<method>.yaml`.
 - An override that changes a section's `method` also drops the keys in METHOD_PARTS which the
   recipe file wrote for the old method; training keys (images, batch, lr, ema, ...) stay.
 - A mapping whose `kind` differs from the one below it starts afresh; without `kind` it amends.
@@ -16,11 +16,19 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import yaml
 
-from consistency.config import ConsistencyConfig, TrainConfig
+from consistency.config import TrainConfig
+from consistency.method_config import (
+    ConsistencyConfig,
+    DistillConfig,
+    IsolateConfig,
+    MeanFlowConfig,
+    SCMConfig,
+    TruncateConfig,
+)
 from infra.errors import UserError
 from pipelines.recipe import Cluster, Recipe
 from pipelines.strict_yaml import (
@@ -31,6 +39,7 @@ from pipelines.strict_yaml import (
     describe,
     did_you_mean,
     entry,
+    is_null,
     merge,
     parse,
     user_error,
@@ -38,10 +47,19 @@ from pipelines.strict_yaml import (
 
 Folder = Literal["recipes", "clusters", "methods"]
 
-METHOD_SECTIONS = ("distill", "isolate")
+# The stages that have a method, and the kinds of presets each takes.
+METHOD_SECTIONS: dict[str, tuple[str | None, ...]] = {
+    "distill": tuple(member.kind for member in get_args(DistillConfig)),
+    "isolate": tuple(member.kind for member in get_args(IsolateConfig)),
+    "truncate": (None,),
+}
 # What a method is made of, as opposed to how long and how fast it is trained.
 METHOD_PARTS = (
-    {field.name for field in dataclasses.fields(ConsistencyConfig)}
+    {
+        field.name
+        for config in (ConsistencyConfig, SCMConfig, MeanFlowConfig, TruncateConfig)
+        for field in dataclasses.fields(config)
+    }
     - {field.name for field in dataclasses.fields(TrainConfig)}
     - {"method"}
 )
@@ -159,27 +177,19 @@ def _on_method_preset(
     assert isinstance(tree.value, dict)
     assert isinstance(changes.value, dict)
     changed, written = changes.value.get(section), tree.value.get(section)
+    if changed is not None and written is not None and is_null(written):
+        written = None  # `truncate: null` in a recipe, truncate.method=tcm in an override
     holder = written or changed
     if holder is None or not all(isinstance(n.value, dict) for n in (changed, written) if n):
         return tree, changes  # missing or of the wrong type: said when the section is read
     old, new = entry(written, "method"), entry(changed, "method")
     method = new or old
-    known = names("methods")
-    if method is None or method.value not in known:
-        if method is None:
-            problems.append(
-                (holder.key_mark, f"{section}.method: missing, one of {', '.join(known)}")
-            )
-        elif method.value is not None:
-            near = did_you_mean(str(method.value), known)
-            message = f"{section}.method: unknown method {describe(method)}{near}"
-            problems.append((method.mark, f"{message} (one of {', '.join(known)})"))
+    base = _preset(section, holder, method, problems)
+    if base is None:
         unreadable = dataclasses.replace(holder, value=None)
         rest = {key: node for key, node in changes.value.items() if key != section}
         changes = dataclasses.replace(changes, value=rest)
         return dataclasses.replace(tree, value=tree.value | {section: unreadable}), changes
-
-    base = _read_file("methods", str(method.value), PRESET, problems, method.mark)
     if written is not None:
         assert isinstance(written.value, dict)
         if old is not None and new is not None and old.value != new.value:
@@ -188,3 +198,34 @@ def _on_method_preset(
         base = merge(base, written)
     base = dataclasses.replace(base, mark=holder.mark, key_mark=holder.key_mark)
     return dataclasses.replace(tree, value=tree.value | {section: base}), changes
+
+
+def _preset(section: str, holder: Node, method: Node | None, problems: Problems) -> Node | None:
+    """The preset of the method a section names; None, and a problem, when that is none of its."""
+    if method is not None and method.value is None:
+        return None  # unreadable, already said
+    name = None if method is None else method.value
+    if method is not None and isinstance(name, str) and name in names("methods"):
+        preset = _read_file("methods", name, PRESET, problems, method.mark)
+        stages = _stages_for(preset)
+        if section in stages:
+            return preset
+        message = f"{section}.method: {name} is no method of this stage, but of "
+        problems.append((method.mark, message + " or ".join(stages)))
+        return None
+    presets = {known: _read_file("methods", known, PRESET, []) for known in names("methods")}
+    own = [known for known, preset in presets.items() if section in _stages_for(preset)]
+    listed = f"one of {', '.join(own)}"
+    if method is None:
+        problems.append((holder.key_mark, f"{section}.method: missing, {listed}"))
+    else:
+        message = f"{section}.method: unknown method {describe(method)}"
+        problems.append((method.mark, f"{message}{did_you_mean(name, own)} ({listed})"))
+    return None
+
+
+def _stages_for(preset: Node) -> list[str]:
+    """The stages that can take a method, by its kind."""
+    said = entry(preset, "kind")
+    kind = None if said is None else said.value
+    return [stage for stage, kinds in METHOD_SECTIONS.items() if kind in kinds]

@@ -4,12 +4,16 @@ shard -+-> reference --------------------------+
        +-> teacher -+-> distill ---------------+-> evaluate -> register -> report
        |            +- - - - - - -> (weights)  |
        +-> isolate (from scratch: beside all) -+
+
+On request: `truncate` follows isolate or distill as one more candidate, and a `select_ema` stands
+between each candidate and evaluate.
 """
 
 from functools import partial
 
-from consistency.config import ConsistencyConfig, TeacherConfig
-from infra import tracking
+from consistency.method_config import ConsistencyConfig, StageTraining
+from infra import storage, tracking
+from infra.errors import UserError
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -21,7 +25,18 @@ from pipelines.artifacts import (
 from pipelines.config import resolved_yaml
 from pipelines.dag import Step
 from pipelines.recipe import Cluster, Recipe
-from pipelines.steps import distill, evaluate, isolate, reference, register, report, shard, teacher
+from pipelines.steps import (
+    distill,
+    evaluate,
+    isolate,
+    reference,
+    register,
+    report,
+    select_ema,
+    shard,
+    teacher,
+    truncate,
+)
 from pipelines.training import StageConfig
 
 
@@ -46,7 +61,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         name="teacher",
         written=("training.", "teacher."),
         run=teacher.run,
-        config=_stage(recipe, recipe.teacher),
+        config=_stage(recipe, "teacher", recipe.teacher),
         returns=TrainedModel,
         inputs={"shard": shards},
         cpus=0,
@@ -56,7 +71,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         name="distill",
         written=("training.", "distill."),
         run=distill.run,
-        config=_stage(recipe, recipe.distill),
+        config=_stage(recipe, "distill", recipe.distill),
         returns=TrainedModel,
         inputs={"shard": shards, "teacher": diffusion},
         cpus=0,
@@ -67,12 +82,41 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         name="isolate",
         written=("training.", "isolate."),
         run=isolate.run,
-        config=_stage(recipe, recipe.isolate),
+        config=_stage(recipe, "isolate", recipe.isolate),
         returns=TrainedModel,
         inputs={"shard": shards, **from_teacher},
         cpus=0,
         trains=True,
     )
+    trained = {"distill": distilled, "isolate": isolated}
+    if recipe.truncate is not None:
+        trained["truncate"] = Step(
+            name="truncate",
+            written=("training.", "truncate."),
+            run=truncate.run,
+            config=_stage(recipe, "truncate", recipe.truncate),
+            returns=TrainedModel,
+            inputs={"shard": shards, "first": trained[recipe.truncate.of]},
+            cpus=0,
+            trains=True,
+        )
+    candidates = trained
+    if recipe.select_ema is not None:
+        selection = select_ema.SelectStage(
+            select=recipe.select_ema, mid_sigma=recipe.evaluate.mid_sigma
+        )
+        candidates = {
+            name: Step(
+                name=select_ema.step_name(name),
+                on_gpu=True,
+                written=("select.", "select_ema."),
+                run=select_ema.run,
+                config=selection,
+                returns=TrainedModel,
+                inputs={"shard": shards, "reference": yardstick, "trained": step},
+            )
+            for name, step in trained.items()
+        }
     evaluated = Step(
         name="evaluate",
         on_gpu=True,
@@ -80,13 +124,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         run=evaluate.run,
         config=recipe.evaluate,
         returns=Evaluation,
-        inputs={
-            "shard": shards,
-            "reference": yardstick,
-            "teacher": diffusion,
-            "distill": distilled,
-            "isolate": isolated,
-        },
+        inputs={"shard": shards, "reference": yardstick, "teacher": diffusion, **candidates},
     )
     registered = Step(
         name="register",
@@ -98,14 +136,9 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         ),
         returns=RegisteredModel,
         lost=partial(register.lost, cluster.tracking_uri, cluster.workspace),
-        inputs={
-            "shard": shards,
-            "teacher": diffusion,
-            "evaluate": evaluated,
-            "distill": distilled,
-            "isolate": isolated,
-        },
+        inputs={"shard": shards, "teacher": diffusion, "evaluate": evaluated, **candidates},
     )
+    selected = {} if candidates is trained else {s.name: s for s in candidates.values()}
     page = Step(
         name="report",
         run=report.run,
@@ -113,22 +146,44 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
             recipe_name=recipe.name,
             recipe_yaml=resolved_yaml(recipe),
             isolate_uses_teacher=recipe.isolate.uses_teacher,
+            truncates=recipe.truncate.of if recipe.truncate else None,
         ),
         returns=Report,
         inputs={
             "shard": shards,
             "reference": yardstick,
             "teacher": diffusion,
-            "distill": distilled,
-            "isolate": isolated,
             "evaluate": evaluated,
             "register": registered,
+            **trained,
+            **selected,
         },
     )
-    return [shards, yardstick, diffusion, distilled, isolated, evaluated, registered, page]
+    return [
+        shards,
+        yardstick,
+        diffusion,
+        *trained.values(),
+        *selected.values(),
+        evaluated,
+        registered,
+        page,
+    ]
 
 
-def _stage(recipe: Recipe, training: TeacherConfig | ConsistencyConfig) -> StageConfig:
+def _stage(recipe: Recipe, name: str, training: StageTraining) -> StageConfig:
+    lpips = training.lpips if isinstance(training, ConsistencyConfig) else None
     return StageConfig(
-        network=recipe.network, noise=recipe.noise, training=training, seed=recipe.seed
+        network=recipe.network,
+        noise=recipe.noise,
+        training=training,
+        seed=recipe.seed,
+        lpips_sha256=None if lpips is None else _digest(f"{name}.lpips", lpips),
     )
+
+
+def _digest(key: str, url: str) -> str:
+    """What stands for a file in an identity."""
+    if not storage.exists(url):
+        raise UserError(f"{key}: {url} does not exist; check the spelling or mount it")
+    return storage.sha256(storage.absolute(url))

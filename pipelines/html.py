@@ -8,29 +8,19 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from pipelines import svg
+from pipelines import html_training, svg
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
     RegisteredModel,
     Score,
     ShardSet,
-    TrainedModel,
 )
-from pipelines.svg import Points, Stage, duration, figure
+from pipelines.html_training import Selection, Training, css_class
+from pipelines.svg import Stage, duration, figure, percent
 
 # The browser itself then refuses whatever the page might try to fetch.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_TRAINED = ("teacher", "distill", "isolate")  # each has its colour in report.css
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """A training stage and its curve: {"images", "loss", "images_per_second", ["N"], ["mu"]}."""
-
-    stage: str
-    model: TrainedModel
-    curve: Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +35,7 @@ class Page:
     shard: ShardSet
     reference: ReferenceStats
     trainings: tuple[Training, ...]
+    selections: tuple[Selection, ...] = ()
     evaluation: Evaluation
     registered: RegisteredModel
     samples: Mapping[str, Sequence[bytes]]  # "{candidate}-{steps}" -> one PNG per sample
@@ -73,7 +64,8 @@ def render(page: Page) -> str:
             _workflow(page),
             _sheet(page),
             _metrics(page),
-            _curves(page.trainings),
+            html_training.curves(page.trainings),
+            html_training.selections(page.selections),
             _lineage(page),
             _recipe(page),
         ]
@@ -100,13 +92,13 @@ def _headline(page: Page) -> str:
     kind, said = ("pill held", "no alias") if r.alias is None else ("pill", f"@{r.alias}")
     alias = f'<span class="{kind}">{escape(said)}</span>'
     stats = [
-        _stat("one step", _percent(one.percent), _detail(one), r.candidate),
-        _stat("two steps", _percent(two.percent), _detail(two), r.candidate),
+        _stat("one step", percent(one.percent), _detail(one), r.candidate),
+        _stat("two steps", percent(two.percent), _detail(two), r.candidate),
     ]
     if teacher is not None:
         called = f"teacher, {teacher.evaluations} evaluations"
-        stats.append(_stat(called, _percent(teacher.percent), _detail(teacher), "teacher"))
-    floor = _percent(page.evaluation.floor_percent)
+        stats.append(_stat(called, percent(teacher.percent), _detail(teacher), "teacher"))
+    floor = percent(page.evaluation.floor_percent)
     stats.append(_stat("real images, floor", floor, "two halves of the data", ""))
     tiles = page.samples[sample_key(one)]
     soft, smoothed = _softness(shard)
@@ -118,7 +110,7 @@ def _headline(page: Page) -> str:
         f'<h1>{escape(r.name)} <small>version {r.version}</small> {alias}</h1>\n<p class="lede">'
         f"A generator of {shard.size} × {shard.size} {ink} images, one "
         f"network call each, learned from {shard.count:,} real ones. The registered candidate is "
-        f'<strong class="{_css(r.candidate)}">{escape(r.candidate)}</strong>: '
+        f'<strong class="{css_class(r.candidate)}">{escape(r.candidate)}</strong>: '
         f'{escape(r.decision.rstrip("."))}.</p>\n<dl class="stats">{"".join(stats)}</dl>\n'
         f'<figure class="hero{soft}"><div class="tiles" role="img" aria-label="{told}">'
         f"{_images(tiles)}</div>\n<figcaption>The first {len(tiles)} samples of the registered "
@@ -182,9 +174,9 @@ def _sheet(page: Page) -> str:
         images = _images(page.samples[sample_key(score)][:columns])
         told = f"{columns} samples, {score.candidate}, {_steps(score)}"
         rows.append(
-            f'<div class="row"><div class="who {_css(score.candidate)}"><b>'
+            f'<div class="row"><div class="who {css_class(score.candidate)}"><b>'
             f"{escape(score.candidate)}</b><span>{_steps(score)}</span>"
-            f"<span>{figure(score.distance, 4)} ({_percent(score.percent)})</span></div>"
+            f"<span>{figure(score.distance, 4)} ({percent(score.percent)})</span></div>"
             f'<div class="tiles" role="img" aria-label="{escape(told)}">{images}</div></div>'
         )
     whole = "".join(
@@ -213,9 +205,9 @@ def _metrics(page: Page) -> str:
     for s in page.evaluation.scores:
         mark = ' <span class="pill">registered</span>' if s.candidate == winner else ""
         rows.append(
-            f'<tr><th scope="row"><i class="dot {_css(s.candidate)}"></i>'
+            f'<tr><th scope="row"><i class="dot {css_class(s.candidate)}"></i>'
             f"{escape(s.candidate)}{mark}</th>"
-            f"<td>{s.steps}</td><td><b>{_percent(s.percent)}</b></td>"
+            f"<td>{s.steps}</td><td><b>{percent(s.percent)}</b></td>"
             f"<td>{figure(s.distance, 4)}</td><td>{_share(s.agreement)}</td>"
             f"<td>{s.evaluations}</td>"
             f"<td>{s.samples:,}</td><td>{escape(s.sampler)}</td><td>{_levels(s)}</td></tr>"
@@ -223,7 +215,7 @@ def _metrics(page: Page) -> str:
     floor, accuracy = page.evaluation.floor_percent, page.reference.accuracy
     rows.append(
         '<tr class="floor"><th scope="row">two halves of the real images</th><td>–</td>'
-        f"<td><b>{_percent(floor)}</b></td>"
+        f"<td><b>{percent(floor)}</b></td>"
         f"<td>{figure(floor * page.reference.total_variance / 100, 4)}</td>"
         f"<td>{_share(accuracy)}</td><td>–</td>"
         f"<td>{page.reference.count:,}</td><td>–</td><td>–</td></tr>"
@@ -240,60 +232,10 @@ def _metrics(page: Page) -> str:
         "the features of a small classifier trained on these very shards: it is not FID, and no "
         "published FID compares with it. The percentage is 100 × distance / total variance of the "
         f"real features ({figure(page.reference.total_variance, 4)}); two halves of the real "
-        f"images lie {_percent(floor)} apart, so differences of that size say little."
+        f"images lie {percent(floor)} apart, so differences of that size say little."
         f"{'' if accuracy is None else agreement}</p>\n"
         f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
-    )
-
-
-def _curves(trainings: Sequence[Training]) -> str:
-    return (
-        '<section id="curves">\n<h2>Training</h2>\n'
-        "<p>Over images seen. A bold line is the running mean, the faint one every report; the "
-        "loss axis is logarithmic where it spans more than two decades. Losses of different "
-        f"stages measure different things.</p>\n{''.join(_training(t) for t in trainings)}\n"
-        "</section>"
-    )
-
-
-def _training(t: Training) -> str:
-    m = t.model
-    facts = [
-        ("images seen", f"{m.images:,}"),
-        ("optimiser steps", f"{m.steps:,}"),
-        ("parameters", f"{m.parameters:,}"),
-        ("training time", duration(m.train_seconds)),
-        ("final loss", figure(m.final_loss, 4)),
-    ]
-    series = {key: _series(t.curve, key) for key in ("loss", "images_per_second", "N", "mu")}
-    for key, name in (("N", "grid points N"), ("mu", "target decay μ")):
-        if len({y for _, y in series[key]}) == 1:  # a flat line is a fact, not a chart
-            facts.append((name, f"{series.pop(key)[0][1]:.6g} throughout"))
-    names = {
-        "loss": "loss",
-        "images_per_second": "images per second",
-        "N": "grid points N(k)",
-        "mu": "target decay μ(k)",
-    }
-    drawn = [(key, points) for key, points in series.items() if points]
-    note = {key: "" if key == "images_per_second" else _log_note(p) for key, p in drawn}
-    charts = "".join(
-        f"<figure><figcaption>{names[key]}{note[key]}</figcaption>"
-        + svg.line_chart(
-            points,
-            label=names[key],
-            width=280 if len(drawn) == 3 else 420,
-            steps=key in ("N", "mu"),
-            from_zero=key == "images_per_second",
-        )
-        + "</figure>"
-        for key, points in drawn
-    )
-    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
-    return (
-        f'<div class="training {_css(t.stage)}"><div class="facts"><h3>{escape(t.stage)}</h3>'
-        f'<dl>{listed}</dl></div><div class="charts n{len(drawn)}">{charts}</div></div>'
     )
 
 
@@ -311,8 +253,10 @@ def _lineage(page: Page) -> str:
             ("experiment", page.experiment),
         ],
     }
-    for t in page.trainings:
-        said.setdefault(t.stage, []).append(("weights", t.model.weights_sha256))
+    made = [(t.stage, t.model) for t in page.trainings]
+    made += [(s.stage, s.model) for s in page.selections]
+    for stage_name, model in made:
+        said.setdefault(stage_name, []).append(("weights", model.weights_sha256))
     rows = []
     for stage in page.stages:
         pairs = [("fingerprint", stage.fingerprint), *said.get(stage.name, [])]
@@ -341,11 +285,7 @@ def _recipe(page: Page) -> str:
 
 def _stat(name: str, value: str, below: str, candidate: str) -> str:
     said = f"<dt>{escape(name)}</dt><dd>{value}</dd><dd>{escape(below)}</dd>"
-    return f'<div class="{_css(candidate)}">{said}</div>'
-
-
-def _percent(value: float) -> str:
-    return f"{figure(value)} %"
+    return f'<div class="{css_class(candidate)}">{said}</div>'
 
 
 def _share(value: float | None) -> str:
@@ -364,9 +304,10 @@ def _steps(score: Score) -> str:
 
 
 def _levels(score: Score) -> str:
-    if not 0 < len(score.sigmas) <= 3:
+    if not 0 < len(score.levels) <= 3:
         return f"{score.steps} levels"
-    return ", ".join(f"{sigma:g}" for sigma in score.sigmas)
+    listed = ", ".join(f"{level:.4g}" for level in score.levels)
+    return f"t = {listed}" if score.sampler == "mean_flow" else listed
 
 
 def _softness(shard: ShardSet) -> tuple[str, str]:
@@ -374,18 +315,6 @@ def _softness(shard: ShardSet) -> tuple[str, str]:
     if shard.size >= 16:
         return "", ""
     return " soft", f" Each has {shard.size} × {shard.size} pixels, enlarged smoothly."
-
-
-def _css(stage: str) -> str:
-    return stage if stage in _TRAINED else "plain"
-
-
-def _series(curve: Sequence[Mapping[str, float]], key: str) -> Points:
-    return [(point["images"], point[key]) for point in curve if point.get(key) is not None]
-
-
-def _log_note(points: Points) -> str:
-    return " <span>log scale</span>" if svg.needs_log([y for _, y in points]) else ""
 
 
 def _images(tiles: Sequence[bytes]) -> str:

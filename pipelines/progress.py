@@ -49,6 +49,7 @@ class Progress:
             )
             for line in lines
         }
+        self.width = max(10, *map(len, self.rows))
         self.live: Any = None
         self.last_line = time.monotonic()
 
@@ -87,7 +88,7 @@ class Progress:
         seconds = f" {row.seconds:.1f} s" if row.state in ("done", "cached") else ""
         watched = what in ("started", "running")
         detail = training_line(row.work) if watched else row.detail
-        text = f"{time.strftime('%H:%M:%S')} {row.step:<10} {what}{seconds}"
+        text = f"{time.strftime('%H:%M:%S')} {row.step:<{self.width}} {what}{seconds}"
         print(f"{text}  {detail}".rstrip(), flush=True)
 
     def table(self) -> Any:

@@ -8,11 +8,18 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from consistency.config import (
-    ConsistencyConfig,
+    ChurnConfig,
     NetworkConfig,
     NoiseConfig,
     TeacherConfig,
     require,
+)
+from consistency.method_config import (
+    DistillConfig,
+    IsolateConfig,
+    MeanFlowConfig,
+    SCMConfig,
+    TruncateConfig,
 )
 
 SourceKind = Literal["digits", "idx", "folder", "npz", "cifar10", "sheets"]
@@ -81,6 +88,8 @@ class EvaluateConfig:
     samples: int = 2_000
     teacher_samples: int = 1_000
     teacher_steps: int = 18  # Heun: 2 * steps - 1 evaluations
+    teacher_guidance: float = 1.0  # classifier-free guidance of the teacher's samples; 1 is none
+    teacher_churn: ChurnConfig | None = None  # None: the deterministic sampler
     mid_sigma: float = 0.821  # second noise level of two-step sampling (iCT, CIFAR-10)
     seed: int = 0
 
@@ -89,6 +98,27 @@ class EvaluateConfig:
         require(self.teacher_samples > 1, f"teacher_samples: {self.teacher_samples} must be > 1")
         require(self.teacher_steps >= 2, f"teacher_steps: {self.teacher_steps} must be >= 2")
         require(self.mid_sigma > 0, f"mid_sigma: {self.mid_sigma} must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """Which length of the sampling EMA is published: each is scored as `evaluate` would.
+
+    Candidates are the EMAs that were trained, and lengths rebuilt from snapshots (`snapshots` of
+    the training stage) of its power EMAs (Sec. 3.2, EDM2).
+    """
+
+    sigma_rel: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)  # lengths to rebuild
+    samples: int = 1_000
+    steps: Literal[1, 2] = 1
+    seed: int = 1  # other noise than the evaluation's: it chooses, evaluate judges
+
+    def __post_init__(self) -> None:
+        require(
+            all(0 < width < 0.28 for width in self.sigma_rel),
+            f"sigma_rel: {list(self.sigma_rel)} must lie in (0, 0.28)",
+        )
+        require(self.samples > 1, f"samples: {self.samples} must be > 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +157,10 @@ class Recipe:
     noise: NoiseConfig = NoiseConfig()
     network: NetworkConfig = NetworkConfig()
     teacher: TeacherConfig
-    distill: ConsistencyConfig
-    isolate: ConsistencyConfig
+    distill: DistillConfig
+    isolate: IsolateConfig
+    truncate: TruncateConfig | None = None  # TCM's second stage; None: no such step
+    select_ema: SelectConfig | None = None  # None: the first EMA of each stage is published
     reference: ReferenceConfig = ReferenceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     register: RegisterConfig
@@ -137,7 +169,7 @@ class Recipe:
         require(self.seed >= 0, f"seed: {self.seed} must be >= 0")
         require(
             self.distill.path != "noise",
-            "distill.path: distillation takes the teacher's ODE step (heun or euler)",
+            "distill.path: distillation asks the teacher (heun or euler; of scm: teacher)",
         )
         require(
             self.isolate.path == "noise",
@@ -148,6 +180,68 @@ class Recipe:
             f"evaluate.mid_sigma: {self.evaluate.mid_sigma} must lie between noise.sigma_min "
             f"and noise.sigma_max",
         )
+        require(
+            self.truncate is None
+            or self.noise.sigma_min < self.truncate.sigma_prime < self.noise.sigma_max,
+            "truncate.sigma_prime: must lie between noise.sigma_min and noise.sigma_max",
+        )
+        require(
+            self.truncate is None
+            or self.truncate.of != "isolate"
+            or not isinstance(self.isolate, MeanFlowConfig),
+            "truncate.of: isolate trains a MeanFlow, which has no f to truncate; take another "
+            "method there, or of: distill",
+        )
+        self._require_one_boundary()
+        self._require_classes()
+        self._require_a_choice()
+
+    def _require_one_boundary(self) -> None:
+        """The second stage of TCM asks the first one, so both are the identity at one sigma."""
+        if self.truncate is None:
+            return
+        first = self.isolate if self.truncate.of == "isolate" else self.distill
+        assert not isinstance(first, MeanFlowConfig)
+        its = 0.0 if isinstance(first, SCMConfig) else first.boundary
+        own, its = (
+            self.noise.sigma_min if at is None else at for at in (self.truncate.boundary, its)
+        )
+        require(
+            own == its,
+            f"truncate.boundary: {own:g} must be that of {self.truncate.of}, {its:g}",
+        )
+
+    def _require_a_choice(self) -> None:
+        """Snapshots come of two power EMAs, so two entries are what every choice begins with."""
+        stages = {"distill": self.distill, "isolate": self.isolate, "truncate": self.truncate}
+        for name, stage in stages.items():
+            require(
+                self.select_ema is None or stage is None or len(stage.ema) > 1,
+                f"{name}.ema: select_ema has one EMA to choose from; give {name}.ema more entries "
+                f"(of two power EMAs {name}.snapshots=16 keeps what any length is rebuilt from)",
+            )
+
+    def _require_classes(self) -> None:
+        """Guidance needs classes, and a teacher that also learned the null class."""
+        wanted = {
+            "distill.guidance": self.distill.guidance != 1,
+            "evaluate.teacher_guidance": self.evaluate.teacher_guidance != 1,
+        }
+        for key, on in wanted.items():
+            require(
+                not on or self.teacher.label_dropout > 0,
+                f"{key}: needs a teacher with a null class; set teacher.label_dropout to 0.1",
+            )
+        hides = {
+            "teacher.label_dropout": self.teacher.label_dropout > 0,
+            "isolate.label_dropout": isinstance(self.isolate, MeanFlowConfig)
+            and self.isolate.label_dropout > 0,
+        }
+        for key, on in hides.items():
+            require(
+                not on or self.network.class_conditional,
+                f"{key}: hides classes, but network.class_conditional is false",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +254,7 @@ class Cluster:
     gpus_per_worker: float = 0.0
     workspace: str = "cmforge-workspace"  # folder or fsspec URL
     tracking_uri: str | None = None  # None: sqlite in the workspace
+    micro_batch: int | None = None  # images of a worker's forward pass; None: its whole share
     checkpoint_every_seconds: float = 30.0
     checkpoints_kept: int = 2
     max_failures: int = 2  # of training workers, per stage
@@ -169,6 +264,10 @@ class Cluster:
         require(self.workers >= 1, f"workers: {self.workers} must be >= 1")
         require(self.cpus_per_worker >= 1, f"cpus_per_worker: {self.cpus_per_worker} must be >= 1")
         require(self.gpus_per_worker >= 0, f"gpus_per_worker: {self.gpus_per_worker} must be >= 0")
+        require(
+            self.micro_batch is None or self.micro_batch >= 1,
+            f"micro_batch: {self.micro_batch} must be >= 1",
+        )
         require(
             self.checkpoint_every_seconds >= 0,
             f"checkpoint_every_seconds: {self.checkpoint_every_seconds} must be >= 0",

@@ -155,7 +155,7 @@ def _read(hint: Any, node: Node, path: str, default: object, problems: Problems)
     if node.value is None:
         raise _Invalid
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if NoneType in members and _is_null(node):
+    if NoneType in members and is_null(node):
         return None
     members = tuple(member for member in members if member is not NoneType)
     if all(dataclasses.is_dataclass(member) for member in members):
@@ -331,7 +331,7 @@ def _reads_as_other(text: str) -> bool:
     return str(tag).rpartition(":")[2] in ("int", "float", "bool", "null")
 
 
-def _is_null(node: Node) -> bool:
+def is_null(node: Node) -> bool:
     return node.plain and node.value in ("", "~", "null", "Null", "NULL")
 
 
@@ -340,7 +340,7 @@ def describe(node: Node) -> str:
         return "a mapping"
     if isinstance(node.value, list):
         return "a list"
-    return "nothing" if _is_null(node) else str(node.value) if node.plain else repr(node.value)
+    return "nothing" if is_null(node) else str(node.value) if node.plain else repr(node.value)
 
 
 def _words(message: str) -> list[str]:

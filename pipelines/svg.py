@@ -4,7 +4,7 @@ Colours are CSS classes, so the page's light and dark themes reach into the draw
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,6 +21,10 @@ def figure(value: float, digits: int = 3) -> str:
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.{digits - 1}e}"
     return f"{value:#.{digits}g}".rstrip(".")
+
+
+def percent(value: float) -> str:
+    return f"{figure(value)} %"
 
 
 def short(value: float) -> str:
@@ -44,6 +48,7 @@ def duration(seconds: float) -> str:
 # --- the DAG -------------------------------------------------------------------------------------
 
 _BOX = (140, 72)  # width, height
+LONGEST_NAME = 14  # letters that fit the box; more are set smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +89,9 @@ def dag(stages: Sequence[Stage], *, vertical: bool = False) -> str:
         for name in stage.inputs:
             (a0, c0), (a1, c1) = centre(by_name[name]), centre(stage)
             kind = " dashed" if name in stage.dashed else ""
-            early = abs(stage.lane) > abs(by_name[name].lane)  # boxes stand in the middle lane
-            line = _route(a0 + along / 2, c0, a1 - along / 2 - 5, c1, gap_along - 5, early, xy)
+            column = _turning_column(by_name[name], stage, stages, depth)
+            turn = a0 + along / 2 + (column - depth[name]) * (along + gap_along)
+            line = _route(a0 + along / 2, c0, a1 - along / 2 - 5, c1, turn, gap_along - 5, xy)
             tip = a1 - along / 2 - 1
             head = f"{xy(tip, c1)} {xy(tip - 7, c1 - 4)} {xy(tip - 7, c1 + 4)}"
             edges.append(
@@ -110,19 +116,32 @@ def dag(stages: Sequence[Stage], *, vertical: bool = False) -> str:
     )
 
 
+def _turning_column(
+    source: Stage, target: Stage, stages: Sequence[Stage], depth: Mapping[str, int]
+) -> int:
+    """The column behind which an edge changes lanes: the last that keeps it clear of all boxes."""
+    taken = {(depth[stage.name], stage.lane) for stage in stages}
+    first, last = depth[source.name], depth[target.name]
+    for column in reversed(range(first, last)):
+        before = {(k, source.lane) for k in range(first + 1, column + 1)}
+        after = {(k, target.lane) for k in range(column + 1, last)}
+        if not taken & (before | after):
+            return column
+    return last - 1
+
+
 def _route(
     a0: float,
     c0: float,
     a1: float,
     c1: float,
+    turn: float,
     gap: float,
-    early: bool,
     xy: Callable[[float, float], str],
 ) -> str:
-    """A line that changes lanes within one gap: the first one (`early`) or the last."""
+    """A line that changes lanes within one gap, the one that begins at `turn`."""
     if c0 == c1:
         return f"M{xy(a0, c0)} L{xy(a1, c1)}"
-    turn = a0 if early else a1 - gap
     bend = f"C{xy(turn + gap / 2, c0)} {xy(turn + gap / 2, c1)} {xy(turn + gap, c1)}"
     return f"M{xy(a0, c0)} L{xy(turn, c0)} {bend} L{xy(a1, c1)}"
 
@@ -139,10 +158,11 @@ def _box(stage: Stage, x: float, y: float) -> str:
     time = "" if stage.seconds is None else duration(stage.seconds)
     title = f"{stage.name}: {_state(stage)}; fingerprint {stage.fingerprint}"
     kind = stage.state if stage.state in ("cached", "ran", "now") else "ran"
+    name = "name" if len(stage.name) <= LONGEST_NAME else "name long"
     return (
         f'<g transform="translate({x:g},{y:g})"><title>{escape(title)}</title>'
         f'<rect class="box" width="{width}" height="{height}" rx="12"/>'
-        f'<text class="name" x="12" y="22">{escape(stage.name)}</text>'
+        f'<text class="{name}" x="12" y="22">{escape(stage.name)}</text>'
         f'<rect class="pill {kind}" x="11" y="30" width="{pill:.0f}" height="16" rx="8"/>'
         f'<text class="state {kind}" x="{11 + pill / 2:.1f}" y="41.5">{escape(badge)}</text>'
         f'<text class="time" x="{17 + pill:.1f}" y="42">{time}</text>'

@@ -6,6 +6,7 @@ Runs go through the real commands with a graph of instant steps and an executor 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,9 +50,9 @@ SCORE = Score(
     percent=0.5,
     agreement=None,
     grid="distill-1.png",
-    sigmas=(80.0,),
+    levels=(80.0,),
 )
-TWO_STEPS = replace(SCORE, steps=2, sigmas=(80.0, 0.8))
+TWO_STEPS = replace(SCORE, steps=2, levels=(80.0, 0.8))
 MODEL = TrainedModel(
     kind="denoiser",
     images=1,
@@ -60,6 +61,7 @@ MODEL = TrainedModel(
     final_loss=0.1,
     train_seconds=0.0,
     weights_sha256="0" * 64,
+    ema="power-0.1",
 )
 VALUES: dict[str, Any] = {
     "shard": ShardSet(
@@ -78,8 +80,9 @@ VALUES: dict[str, Any] = {
     "teacher": MODEL,
     "distill": MODEL,
     "isolate": MODEL,
+    "truncate": MODEL,
     "evaluate": Evaluation(
-        metric="fd", floor_percent=0.1, scores=(SCORE, replace(SCORE, steps=2, sigmas=(80.0, 0.8)))
+        metric="fd", mid_sigma=0.8, floor_percent=0.1, scores=(SCORE, TWO_STEPS)
     ),
     "register": RegisteredModel(
         name="tiny",
@@ -100,7 +103,7 @@ def body(ctx: StepContext, config: Any, **inputs: Any) -> Any:
     if ctx.step in FAILING:
         raise FAILING[ctx.step]
     (ctx.out / "report.html").write_text("<html>")
-    return VALUES[ctx.step]
+    return VALUES[ctx.step.removeprefix("select_ema-")]
 
 
 class InProcess:
@@ -265,6 +268,7 @@ def test_overrides_may_stand_anywhere_after_the_recipe(capsys):
         ["sample", "--num", "many"],
         ["sample", "--class", "cat"],
         ["sample", "--seed", "1.5"],
+        ["sample", "--guidance", "strong"],
     ],
 )
 def test_a_command_line_that_cannot_be_read_exits_2_with_its_usage(argv, capsys):
@@ -300,6 +304,15 @@ def test_a_command_line_that_cannot_be_read_exits_2_with_its_usage(argv, capsys)
         (["sample", "--num", "-4"], "--num: -4 must be between 1 and"),
         (["sample", "--num", "1000000"], "--num: 1000000 must be between 1 and"),
         (["sample", "--steps", "0"], "--steps: 0 must be at least 1"),
+        (["sample", "--levels", "80,x"], "--levels: '80,x' is not a list of numbers, such as 80,0"),
+        (["sample", "--levels", ""], "--levels: '' is not a list of numbers"),
+        (["sample", "--levels", "80,"], "--levels: '80,' is not a list of numbers"),
+        (["sample", "--levels", "80", "--steps", "2"], "--levels: one evaluation at each of them"),
+        (["sample", "--guidance", "nan"], "--guidance: nan must be a finite number"),
+        (["sample", "models:/m@a", "--levels", "80"], "--levels: a registered model has none"),
+        (["sample", "models:/m@a", "--guidance", "2"], "--guidance: a registered model has none"),
+        (["sample", "truncate"], "step truncate has no result in workspace"),
+        (["sample", "select_ema-isolate"], "step select_ema-isolate has no result in workspace"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(argv, said, capsys, tmp_path):
@@ -461,6 +474,32 @@ def test_force_runs_one_step_again_and_the_dry_run_shows_it(addresses, capsys):
     assert RAN == []
     assert command("run", "quickstart", "--force", "teacher") == 0
     assert RAN == ["teacher"]
+
+
+def test_steps_of_the_new_stages_line_up_and_can_be_forced(addresses, capsys):
+    two = "[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.10}]"
+    keys = [
+        *("isolate.method=ect", "truncate.method=tcm", "truncate.images=12_800"),
+        *("truncate.batch=128", "select_ema.samples=10"),
+        *(f"{stage}.ema={two}" for stage in ("distill", "isolate", "truncate")),
+    ]
+    assert command("run", "quickstart", *keys) == 0
+    order = [name for name in RAN if name not in STEPS]
+    assert sorted(order) == [
+        *("select_ema-distill", "select_ema-isolate", "select_ema-truncate", "truncate")
+    ]
+    assert order.index("truncate") < order.index("select_ema-truncate")
+    capsys.readouterr()
+    assert command("status") == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 12
+    assert {line.index(" done ") for line in lines} == {2 + len("select_ema-truncate")}
+    RAN.clear()
+    assert command("run", "quickstart", *keys, "--force", "select_ema-isolate") == 0
+    assert RAN == ["select_ema-isolate"]  # the same result, so no one after it runs
+    capsys.readouterr()
+    assert command("run", "quickstart", "--force", "select_ema-isolate") == 2
+    assert "--force select_ema-isolate: no such step" in one_line(capsys)
 
 
 def test_a_dry_run_touches_nothing(addresses, capsys, tmp_path):
@@ -674,16 +713,15 @@ def test_on_a_terminal_the_table_shows_every_state(tmp_path, monkeypatch):
 # --- sample --------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A model folder: an untrained consistency model of 8x8 images in three classes."""
+def model_folder(folder, kind):
+    """A model folder: untrained, of 8x8 images in three classes."""
     import torch
     from safetensors.torch import save_file
 
     from consistency.published import ModelDescription, build_network
 
     about = ModelDescription(
-        kind="consistency",
+        kind=kind,
         network=NetworkConfig(
             channels=8, channel_mult=(1,), num_blocks=1, attention=(), class_conditional=True
         ),
@@ -692,12 +730,29 @@ def model(tmp_path_factory):
         channels=1,
         class_names=("a", "b", "c"),
     )
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    weights = {k: v.contiguous() for k, v in build_network(about).state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        key: 0.2 * torch.randn(value.shape, generator=generator)
+        for key, value in build_network(about).state_dict().items()
+    }
     save_file(weights, folder / "weights.safetensors")
     (folder / "config.json").write_text(about.to_json())
     return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("model"), "consistency")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("teacher"), "denoiser")
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("flow"), "mean_flow")
 
 
 def test_sample_draws_a_grid_and_prints_where_it_is(model, capsys):
@@ -717,6 +772,74 @@ def test_the_same_seed_gives_the_same_file_and_another_another(model):
     assert a == b
     assert a != c
     assert a != d
+
+
+def drawn(*argv):
+    assert command("sample", *argv, "--num", "3", "--out", "drawn.png") == 0
+    return Path("drawn.png").read_bytes()
+
+
+def test_levels_are_those_asked_for(model, flow):
+    folder = str(model)
+    assert drawn(folder, "--levels", "80") == drawn(folder, "--steps", "1")
+    assert drawn(folder, "--levels", "80,0.821") == drawn(folder, "--steps", "2")
+    assert drawn(folder, "--levels", "80, 8e-1") != drawn(folder, "--steps", "2")
+    assert drawn(folder, "--levels", "80,20,5,0.8") != drawn(folder, "--levels", "80,20,5,0.7")
+    times = str(flow)
+    assert drawn(times, "--levels", "1") == drawn(times)
+    assert drawn(times, "--levels", "1,0.5") != drawn(times)
+
+
+def test_guidance_is_the_teachers(teacher):
+    folder = str(teacher)
+    plain = drawn(folder, "--steps", "3")
+    assert drawn(folder, "--steps", "3", "--guidance", "1") == plain
+    assert drawn(folder, "--steps", "3", "--guidance", "2") != plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv", "said"),
+    [
+        ("model", ["--levels", "0.8"], "sampling levels must start at sigma_max = 80: [0.8]"),
+        ("model", ["--levels", "80,90"], "sampling levels must decrease: [80, 90]"),
+        ("model", ["--levels", "80,nan"], "sampling levels must decrease: [80, nan]"),
+        ("model", ["--levels", "80,0.001"], "must not fall below sigma_min = 0.002: [80, 0.001]"),
+        ("model", ["--guidance", "2"], "guidance and churn are a diffusion model's"),
+        ("flow", ["--levels", "80,0.8"], "MeanFlow's times must start at 1"),
+        ("flow", ["--levels", "1,0"], "MeanFlow's times must start at 1 and stay above 0: [1, 0]"),
+        ("flow", ["--guidance", "2"], "guidance and churn are a diffusion model's"),
+        ("teacher", ["--levels", "80"], "levels: a diffusion model takes Heun steps; give steps"),
+    ],
+)
+def test_levels_and_guidance_that_a_model_cannot_do_are_one_line(request, capsys, kind, argv, said):
+    folder = request.getfixturevalue(kind)
+    assert command("sample", str(folder), *argv) == 2
+    assert said in one_line(capsys)
+    assert not Path("samples.png").exists()
+
+
+def test_a_teacher_without_a_null_class_is_not_guided(addresses, capsys, teacher):
+    """Its answer without a class is noise that nobody trained."""
+    for dropout, code in (("0.1", 0), ("0.0", 2)):
+        assert command("run", "quickstart", f"teacher.label_dropout={dropout}") == 0
+        folder = max(
+            Path().resolve().glob("cmforge-workspace/steps/teacher/*/attempts/*"),
+            key=lambda path: path.stat().st_mtime_ns,
+        )
+        for path in teacher.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        record_again(folder.parents[1])
+        capsys.readouterr()
+        assert command("sample", "teacher", "--num", "1", "--guidance", "2") == code
+    assert "--guidance: this teacher learned no null class; train it with" in one_line(capsys)
+    assert command("sample", "teacher", "--num", "1") == 0
+
+
+def record_again(home):
+    """Make a record the newest one of its step, which a test cannot wait a second for."""
+    record = json.loads((home / "COMMIT.json").read_text())
+    record["ended"] = f"9999-01-01T00:00:{len(list(home.parent.iterdir())):02}Z"
+    (home / "COMMIT.json").write_text(json.dumps(record))
 
 
 @pytest.mark.parametrize(
@@ -778,6 +901,34 @@ def test_sample_finds_the_registered_candidate_of_the_workspace(model, addresses
     assert command(*argv) == 0
     assert command("sample", "distill", "--num", "2", "--out", "again.png") == 0
     assert Path("samples.png").read_bytes() == Path("again.png").read_bytes()
+
+
+def test_sample_takes_the_average_that_was_selected(addresses, capsys, tmp_path):
+    two = "[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.10}]"
+    keys = ["select_ema.samples=10", f"distill.ema={two}", f"isolate.ema={two}"]
+    assert command("run", "quickstart", *keys) == 0
+    for step in ("distill", "select_ema-distill"):
+        (folder,) = Path().glob(f"cmforge-workspace/steps/{step}/*/attempts/*")
+        model_folder(folder, "consistency")
+    config = json.loads((folder / "config.json").read_text())
+    config["noise"]["sigma_data"] = 0.6  # tells the selected one from the trained one
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert drawn() == drawn("select_ema-distill") != drawn("distill")
+    shutil.rmtree(folder.parents[1])
+    assert command("sample") == 2
+    assert "the distill registered last is gone from workspace" in one_line(capsys)
+
+
+def test_a_workspace_of_another_version_is_one_line(addresses, capsys):
+    assert command("run", "quickstart") == 0
+    (file,) = Path().glob("cmforge-workspace/steps/evaluate/*/COMMIT.json")
+    record = json.loads(file.read_text())
+    del record["value"]["mid_sigma"]
+    file.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert command("sample") == 2
+    assert "is another version's; run the recipe again, or name a model" in one_line(capsys)
 
 
 # --- doctor --------------------------------------------------------------------------------------

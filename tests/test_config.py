@@ -9,11 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from consistency.config import (
-    ConstantEMA,
+from consistency.config import ConstantEMA, HalfLifeEMA
+from consistency.method_config import (
     ConstantLevels,
     DoublingLevels,
-    HalfLifeEMA,
     LognormalPairs,
     RatioPairs,
     SqrtLevels,
@@ -141,9 +140,14 @@ def test_another_method_drops_the_old_methods_parts_and_keeps_the_training_keys(
     assert load_recipe(path, ["isolate.method=ict"]) == load_recipe(path)
 
 
-def test_method_parts_are_what_a_consistency_config_adds_to_training():
-    parts = {"init", "pairs", "path", "distance", "huber_c", "weight", "target"}
-    assert parts == METHOD_PARTS
+def test_method_parts_are_what_the_methods_add_to_training():
+    discrete = {"pairs", "distance", "huber_c", "lpips", "weight", "target", "boundary", "guidance"}
+    scm = {"P_mean", "P_std", "tangent", "tangent_c", "tangent_norm", "tangent_warmup_images"}
+    scm |= {"adaptive_weight", "prior_weight"}
+    mean_flow = {"times", "apart", "power", "power_c", "kappa", "label_dropout"}
+    truncate = {"of", "sigma_prime", "nu", "loc", "scale", "q", "stage", "k", "b", "max_ratio"}
+    truncate |= {"boundary_share", "boundary_weight"}
+    assert discrete | scm | mean_flow | truncate | {"kind", "init", "path"} == METHOD_PARTS
 
 
 def test_a_section_may_come_from_overrides_alone(tmp_path):

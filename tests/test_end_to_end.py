@@ -13,15 +13,16 @@ import pytest
 pytestmark = pytest.mark.ray
 
 RECIPE = Path(__file__).parent / "assets" / "tiny.yaml"
+FAMILY = RECIPE.with_name("tiny-family.yaml")
 STAGES = ["shard", "reference", "teacher", "distill", "isolate", "evaluate", "register", "report"]
 TRAINING = {"teacher", "distill", "isolate"}
 DEADLINE = 180.0
 
 
-def command(workspace, *more):
+def command(workspace, *more, recipe=RECIPE):
     # A checkpoint as often as Ray Train takes one, so that a kill always finds one.
     return [
-        *(sys.executable, "-m", "pipelines", "run", str(RECIPE), "--workspace", str(workspace)),
+        *(sys.executable, "-m", "pipelines", "run", str(recipe), "--workspace", str(workspace)),
         *("--cluster", "laptop", "cluster.checkpoint_every_seconds=0", *more),
     ]
 
@@ -31,9 +32,13 @@ def environment():
     return {k: v for k, v in os.environ.items() if k not in drop}
 
 
-def run(workspace, *more):
+def run(workspace, *more, recipe=RECIPE):
     return subprocess.run(
-        command(workspace, *more), capture_output=True, text=True, env=environment(), timeout=600
+        command(workspace, *more, recipe=recipe),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=600,
     )
 
 
@@ -47,11 +52,16 @@ def records(workspace):
     return found
 
 
-def versions(workspace):
+def files_of(workspace, record):
+    home = Path(workspace) / "steps" / record["step"] / record["fingerprint"]
+    return home / "attempts" / record["attempt"]
+
+
+def versions(workspace, name="tiny"):
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{workspace}/mlflow.db")
-    return client.search_model_versions("name='tiny'")
+    return client.search_model_versions(f"name='{name}'")
 
 
 def outcome(workspace):
@@ -215,3 +225,59 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_leaves_no_process(tmp_path):
     _, alive = psutil.wait_procs(family, timeout=20)
     assert alive == []
     assert "teacher" not in records(tmp_path / "space")
+
+
+def test_every_stage_there_is_runs_once_and_a_new_selection_trains_nothing(tmp_path):
+    import mlflow
+    import numpy as np
+
+    result = run(tmp_path, recipe=FAMILY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    done = records(tmp_path)
+    candidates = ("distill", "isolate", "truncate")
+    assert set(done) == {*STAGES, "truncate", *(f"select_ema-{name}" for name in candidates)}
+    kinds = {name: done[name]["value"]["kind"] for name in ("teacher", *candidates)}
+    assert kinds == dict(
+        teacher="denoiser", distill="consistency", isolate="mean_flow", truncate="consistency"
+    )
+
+    # Each selection scored what it had, and what it could rebuild.
+    tables = {
+        name: json.loads((files_of(tmp_path, done[f"select_ema-{name}"]) / "ema.json").read_text())
+        for name in candidates
+    }
+    assert {name: [row["name"] for row in rows] for name, rows in tables.items()} == {
+        "distill": ["constant-0.9", "constant-0.5"],
+        "isolate": ["power-0.05", "power-0.1", "power-0.2"],
+        "truncate": ["power-0.1", "constant-0.5"],
+    }
+    for name, rows in tables.items():
+        (chosen,) = (row["name"] for row in rows if row["chosen"])
+        assert done[f"select_ema-{name}"]["value"]["ema"] == chosen
+        assert min(row["percent"] for row in rows) == next(
+            row["percent"] for row in rows if row["chosen"]
+        )
+
+    levels = {
+        (row["candidate"], row["steps"]): (row["sampler"], row["levels"])
+        for row in done["evaluate"]["value"]["scores"]
+    }
+    assert levels["distill", 2] == levels["truncate", 2] == ("multistep", [80.0, 1.2])
+    assert levels["isolate", 2] == ("mean_flow", [1.0, 1.2 / 2.2])
+    assert levels["teacher", 4] == ("heun", [])
+
+    # What is registered, whichever it is, draws what was evaluated.
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    model = mlflow.pyfunc.load_model("models:/tiny-family@champion")
+    candidate = done["register"]["value"]["candidate"]
+    sheets = np.load(files_of(tmp_path, done["evaluate"]) / "samples.npz")
+    for steps in (1, 2):
+        params = {"steps": steps, "seed": 0, "output": "uint8"}
+        images = model.predict({"num_samples": [40]}, params=params)
+        assert np.array_equal(np.asarray(images), sheets[f"{candidate}-{steps}"])
+
+    # Another selection trains nothing: every other step is taken as it is.
+    result = run(tmp_path, "select_ema.samples=41", recipe=FAMILY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    cached = {line.split()[1] for line in result.stdout.splitlines() if " cached" in line}
+    assert cached == {"shard", "reference", "teacher", *candidates}

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consistency.config import ConstantLevels, RatioPairs, TeacherConfig, UniformPairs
+from consistency.config import TeacherConfig
+from consistency.method_config import ConstantLevels, RatioPairs, UniformPairs
 from pipelines.config import load_recipe
 from pipelines.fingerprint import canonical, canonical_json, diff, fingerprint_of
 

@@ -6,19 +6,22 @@ import pytest
 import torch
 from torch import nn
 
-from consistency.config import (
+from consistency.config import NoiseConfig
+from consistency.data import Batch
+from consistency.method_config import (
     ConstantLevels,
     DoublingLevels,
     LognormalPairs,
-    NoiseConfig,
     RatioPairs,
     SqrtLevels,
     StopGradTarget,
     TargetEMA,
     UniformPairs,
 )
-from consistency.data import Batch
 from consistency.objectives import ConsistencyObjective, DenoisingObjective, Nets, Progress
+from consistency.objectives.consistency import consistency_target
+from consistency.objectives.distance import Distance
+from consistency.objectives.labels import drop_labels
 from consistency.objectives.pairs import draw_pairs
 from consistency.parameterization import ConsistencyFunction
 from consistency.randomness import BatchRandom, rank_rows
@@ -53,10 +56,10 @@ def objective(**changes):
         "noise": NOISE,
         "pairs": UniformPairs(levels=ConstantLevels(N=18)),
         "path": "heun",
-        "distance": "squared_l2",
-        "huber_c": None,
+        "distance": Distance("squared_l2"),
         "weight": "uniform",
         "target": StopGradTarget(),
+        "boundary": NOISE.sigma_min,
     }
     return ConsistencyObjective(**{**parts, **changes})
 
@@ -78,7 +81,7 @@ def exact_nets():
 
 
 def test_the_exact_denoiser_has_the_irreducible_denoising_loss():
-    loss = DenoisingObjective(0.5, -1.2, 1.2)(
+    loss = DenoisingObjective(NOISE, -1.2, 1.2)(
         Nets(exact_denoiser, exact_denoiser), gaussian_batch(20_000), START, random(20_000)
     )
     # E||D* - x||^2 = V s^2 / (V + s^2) per pixel, and with V = sigma_data^2 the weight undoes it.
@@ -169,30 +172,19 @@ def test_the_target_carries_no_gradient_and_its_later_change_moves_nothing():
     assert torch.equal(gradient, online.a.grad)
 
 
-def test_with_equal_weights_and_levels_the_loss_is_exactly_zero_under_dropout():
-    # Fails when the two passes see different dropout masks.
-    f = ConsistencyFunction(Scale(dropout=0.5), 0.5, 0.002).train()
-    one_level = UniformPairs(levels=ConstantLevels(N=2))
-    flat = NoiseConfig(sigma_min=0.999999, sigma_max=1.0)
-    shape = objective(path="noise", pairs=one_level, noise=flat)
-    batch = Batch(torch.zeros(64, 1, 2, 2), None)
+@pytest.mark.parametrize("target", [StopGradTarget(), TargetEMA(mu=0.9)])
+def test_with_equal_weights_and_levels_the_loss_is_exactly_zero_under_dropout(target):
+    # Fails when the two passes see different dropout masks. The gap of q = 1e12 rounds to r = t.
+    net = Scale(dropout=0.5)
+    twin = Scale(dropout=0.5)
+    f, g = (ConsistencyFunction(each, 0.5, 0.002).train() for each in (net, twin))
+    tied = objective(path="noise", pairs=RatioPairs(q=1e12, stages=1), target=target)
     torch.manual_seed(0)
-    f_at_one = ConsistencyFunction(f.net, 0.5, 0.002).train()
-
-    def online(x, sigma, labels):
-        return f_at_one(x, torch.full_like(sigma, 2.0), labels)
-
-    class Above(ConsistencyObjective):
-        def _step_down(self, nets, batch, pairs, x_t, z):
-            return x_t
-
-        def _target(self, nets, batch, pairs, x_r):
-            with torch.no_grad():
-                return nets.detached(x_r, pairs.r, batch.labels)
-
-    exact = Above(**{k: getattr(shape, k) for k in shape.__dataclass_fields__})
-    terms = exact(Nets(online, online), batch, START, random(64))
+    nets = Nets(f, f, None if isinstance(target, StopGradTarget) else g)
+    terms = tied(nets, gaussian_batch(64), START, random(64))
     assert torch.count_nonzero(terms.per_sample) == 0
+    x, sigma = torch.ones(64, 1, 2, 2), torch.ones(64)
+    assert not torch.equal(f(x, sigma), f(x, sigma))  # two masks do differ
 
 
 def test_dropout_leaves_the_generator_where_the_online_pass_left_it():
@@ -205,17 +197,25 @@ def test_dropout_leaves_the_generator_where_the_online_pass_left_it():
     assert torch.equal(after, torch.rand(1))
 
 
+class Blurred(nn.Module):
+    """Stands for LPIPS: a distance between features."""
+
+    def forward(self, a, b):
+        return nn.functional.avg_pool2d(a - b, 2).square().flatten(1).sum(1)
+
+
 def test_changing_the_distance_changes_the_gradient():
     gradients = []
-    for distance in ("l1", "squared_l2", "pseudo_huber"):
+    for kind in ("l1", "squared_l2", "pseudo_huber", "lpips"):
         net = Scale()
         f = ConsistencyFunction(net, 0.5, 0.002)
+        distance = Distance(kind, lpips=Blurred() if kind == "lpips" else None)
         terms = objective(path="noise", distance=distance)(
             Nets(f, f), gaussian_batch(16), START, random(16)
         )
         terms.per_sample.mean().backward()
         gradients.append(net.a.grad.item())
-    assert len({round(g, 9) for g in gradients}) == 3
+    assert len({round(g, 9) for g in gradients}) == 4
 
 
 def test_at_ratio_zero_the_target_is_the_image_itself():
@@ -274,3 +274,118 @@ def test_schedules_follow_images_seen_and_stop_at_the_budget():
         assert draw_pairs(pairs, NOISE, progress, random(4)).N == N
         assert adaptive.target_decay(progress) == pytest.approx(mu, abs=5e-5)
     assert objective().target_decay(START) is None
+
+
+# ---- the target --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("boundary", [0.0, 0.002])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_target_at_the_boundary_is_its_input_whatever_the_network_says(boundary, bad):
+    asked = []
+
+    def f(x, sigma, labels):
+        asked.append(sigma)
+        broken = (sigma <= max(boundary, 1e-3)).view(-1, 1, 1, 1)
+        return torch.where(broken, bad, 3 * x)
+
+    r = torch.tensor([0.0, boundary, 0.5, 80.0])
+    x = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    target = consistency_target(f, x, r, None, boundary)
+    assert torch.equal(target[:2], x[:2])
+    assert torch.equal(target[2:], 3 * x[2:])
+    assert (asked[0] > 0).all()  # a network is never told a level whose logarithm is infinite
+    assert torch.equal(asked[0][2:], r[2:])
+
+
+def test_the_boundary_holds_at_the_first_level_of_a_float32_grid():
+    r = karras_sigmas(18, NOISE.sigma_min, NOISE.sigma_max).float()[:1]
+    x = torch.ones(1, 1, 2, 2)
+    assert torch.equal(consistency_target(lambda x, s, y: 7 * x, x, r, None, NOISE.sigma_min), x)
+
+
+# ---- classes and guidance ----------------------------------------------------------------------
+
+
+def test_classes_are_hidden_at_the_asked_share_and_nowhere_else():
+    labels = torch.arange(20_000) % 10
+    hidden = drop_labels(labels, 0.1, random(20_000))
+    assert torch.equal(hidden[hidden >= 0], labels[hidden >= 0])
+    assert set(hidden[hidden < 0].tolist()) == {-1}
+    assert (hidden < 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert drop_labels(labels, 0.0, random(20_000)) is labels
+    assert drop_labels(None, 0.1, random(20_000)) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_denoising_hides_classes_only_when_told(share):
+    asked = []
+
+    def denoise(x, sigma, labels):
+        asked.append(labels)
+        return exact_denoiser(x, sigma)
+
+    batch = Batch(gaussian_batch(2000).images, torch.arange(2000) % 10)
+    DenoisingObjective(NOISE, -1.2, 1.2, label_dropout=share)(
+        Nets(denoise, denoise), batch, START, random(2000)
+    )
+    assert (asked[0] < 0).float().mean().item() == pytest.approx(share, abs=0.04)
+
+
+def test_consistency_passes_all_see_the_true_classes():
+    asked = []
+
+    def f(x, sigma, labels):
+        asked.append(labels)
+        return exact_consistency(x, sigma)
+
+    labels = torch.arange(8)
+    batch = Batch(gaussian_batch(8).images, labels)
+    objective()(Nets(f, f, f, f), batch, START, random(8))
+    assert len(asked) == 4  # online, target, and Heun's two questions to the teacher
+    assert all(torch.equal(each, labels) for each in asked)
+
+
+class ClassNet(nn.Module):
+    """F = class / 10, and 0.05 without one."""
+
+    def forward(self, x, c_noise, labels):
+        shift = torch.where(labels < 0, 0.05, labels.float() / 10)
+        return shift.view(-1, 1, 1, 1).expand_as(x)
+
+
+@pytest.mark.parametrize("path", ["heun", "euler"])
+def test_guidance_of_the_teacher_moves_the_path_by_its_formula(path):
+    w = 2.5
+    plain, guided_ = objective(path=path), objective(path=path, guidance=w)
+    denoiser = plain.teacher_function(ClassNet())
+
+    def by_hand(x, sigma, labels):
+        null = denoiser(x, sigma, torch.full_like(labels, -1))
+        return (1 - w) * null + w * denoiser(x, sigma, labels)
+
+    batch = Batch(gaussian_batch(16).images, torch.arange(16) % 4)
+    losses = [
+        shape(
+            Nets(exact_consistency, exact_consistency, None, teacher), batch, START, random(16)
+        ).per_sample
+        for shape, teacher in (
+            (guided_, guided_.teacher_function(ClassNet())),
+            (plain, by_hand),
+            (plain, denoiser),
+        )
+    ]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(losses[0], losses[2], rtol=1e-2)
+
+
+def test_the_weighted_denoising_loss_is_the_plain_one_balanced():
+    def weighted(sigma, x, level, labels):
+        return exact_denoiser(x, level, labels), sigma.log()
+
+    nets = Nets(exact_denoiser, exact_denoiser)
+    plain = DenoisingObjective(NOISE, -1.2, 1.2)(nets, gaussian_batch(50), START, random(50))
+    nets = Nets(exact_denoiser, exact_denoiser, weighted=weighted)
+    terms = DenoisingObjective(NOISE, -1.2, 1.2)(nets, gaussian_batch(50), START, random(50))
+    expected = plain.per_sample / plain.sigma + plain.sigma.log()
+    torch.testing.assert_close(terms.per_sample, expected)

@@ -5,8 +5,12 @@ from torch import nn
 from consistency.parameterization import (
     ConsistencyFunction,
     Denoiser,
+    MeanVelocity,
+    TrigFlowVelocity,
     boundary_coefficients,
     edm_coefficients,
+    guided,
+    noise_label,
 )
 from consistency.schedules import karras_sigmas
 
@@ -164,3 +168,91 @@ def test_rounded_noise_levels_are_refused(dtype):
 def test_one_level_for_a_whole_batch_is_refused():
     with pytest.raises(ValueError, match="sigma must be"):
         Denoiser(ZeroNet(), 0.5)(torch.zeros(4, 3, 2, 2), torch.tensor([1.0]))
+
+
+# ---- what the network is told --------------------------------------------------------------
+
+
+def test_the_two_conventions_tell_the_network_a_quarter_log_or_the_angle():
+    sigma = torch.tensor([0.002, 0.5, 80.0]).double()
+    torch.testing.assert_close(noise_label(sigma, 0.5), sigma.log() / 4)
+    angle = noise_label(sigma, 0.5, "angle")
+    torch.testing.assert_close(0.5 * angle.tan(), sigma)
+    # atan(160) (methods B6), the largest angle of the published grid.
+    assert angle[-1].item() == pytest.approx(1.564546, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrapper", [Denoiser, lambda *a: ConsistencyFunction(a[0], a[1], EPS, a[2])]
+)
+def test_the_convention_changes_only_what_the_network_is_told(wrapper):
+    net = WildNet()
+    x, sigma = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 20.0])
+    wrapper(net, 0.5, "angle")(x, sigma)
+    fed, told, _ = net.seen
+    wrapper(net, 0.5, "log_sigma")(x, sigma)
+    assert torch.equal(fed, net.seen[0])
+    torch.testing.assert_close(told, torch.atan(sigma / 0.5))
+    torch.testing.assert_close(net.seen[1], sigma.log() / 4)
+
+
+@pytest.mark.parametrize("c_noise", ["log_sigma", "angle"])
+def test_level_zero_gives_a_finite_label(c_noise):
+    assert torch.isfinite(noise_label(torch.zeros(3), 0.5, c_noise)).all()
+
+
+# ---- TrigFlow and MeanFlow -----------------------------------------------------------------
+
+
+def test_the_trigflow_velocity_is_minus_the_network_in_float32():
+    class Half(nn.Module):
+        def forward(self, x, c_noise, labels):
+            return (x + c_noise.view(-1, 1, 1, 1)).bfloat16()
+
+    u, t = torch.randn(2, 3, 4, 4), torch.tensor([0.1, 1.5])
+    out = TrigFlowVelocity(Half())(u, t)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, -(u + t.view(-1, 1, 1, 1)).bfloat16().float())
+
+
+def test_the_mean_velocity_tells_the_network_t_and_the_gap():
+    seen = {}
+
+    class Told(nn.Module):
+        def forward(self, x, c_noise, labels=None, gap=None):
+            seen.update(x=x, c_noise=c_noise, labels=labels, gap=gap)
+            return x.bfloat16()
+
+    z, t, gap, labels = torch.randn(2, 3, 4, 4), torch.rand(2), torch.rand(2), torch.tensor([1, -1])
+    out = MeanVelocity(Told())(z, t, gap, labels)
+    assert out.dtype == torch.float32
+    assert seen["x"] is z
+    assert seen["c_noise"] is t
+    assert seen["gap"] is gap
+    assert seen["labels"] is labels
+
+
+# ---- guidance ------------------------------------------------------------------------------
+
+
+def by_class(x, sigma, labels):
+    return x * sigma.view(-1, 1, 1, 1) + labels.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.5, 4.0])
+def test_guidance_is_a_combination_of_the_two_answers(w):
+    x, sigma, labels = torch.randn(3, 3, 2, 2), torch.rand(3), torch.tensor([4, 0, 2])
+    null = by_class(x, sigma, torch.full((3,), -1))
+    expected = (1 - w) * null + w * by_class(x, sigma, labels)
+    torch.testing.assert_close(guided(by_class, w)(x, sigma, labels), expected)
+
+
+def test_guidance_of_one_is_the_function_itself_and_any_other_needs_classes():
+    assert guided(by_class, 1.0) is by_class
+    with pytest.raises(ValueError, match="class labels"):
+        guided(by_class, 2.0)(torch.zeros(1, 3, 2, 2), torch.ones(1), None)
+
+
+def test_guiding_the_null_class_changes_nothing():
+    x, sigma, null = torch.randn(3, 3, 2, 2), torch.rand(3), torch.full((3,), -1)
+    torch.testing.assert_close(guided(by_class, 3.0)(x, sigma, null), by_class(x, sigma, null))

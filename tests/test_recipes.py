@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import itertools
 from pathlib import Path
 
@@ -9,7 +10,15 @@ import pytest
 import yaml
 
 import consistency.config
+import consistency.method_config
 import pipelines.recipe
+from consistency.config import ChurnConfig
+from consistency.method_config import (
+    ConsistencyConfig,
+    MeanFlowConfig,
+    SCMConfig,
+    TruncateConfig,
+)
 from infra.errors import UserError
 from pipelines.config import METHOD_PARTS, load_cluster, load_recipe, names, resolved_yaml
 from pipelines.fingerprint import canonical
@@ -20,7 +29,26 @@ ROOT = Path(__file__).parent.parent
 READ_ELSEWHERE = {
     "kind": "tells the members of a union apart while loading",
     "method": "names the preset, which is merged before the class exists",
+    **{
+        name: "handed on whole by ChurnConfig.arguments, see its own test below"
+        for name in ("S_churn", "S_min", "S_max", "S_noise")
+    },
 }
+# The section a preset is made for, and what builds it there.
+MADE_FOR = {
+    "cd": ("distill", ConsistencyConfig),
+    "ct-2023": ("isolate", ConsistencyConfig),
+    "ect": ("isolate", ConsistencyConfig),
+    "ect-1hour": ("isolate", ConsistencyConfig),
+    "ect-imagenet64": ("isolate", ConsistencyConfig),
+    "ict": ("isolate", ConsistencyConfig),
+    "mean-flow": ("isolate", MeanFlowConfig),
+    "scd": ("distill", SCMConfig),
+    "sct": ("isolate", SCMConfig),
+    "tcm": ("truncate", TruncateConfig),
+}
+# What a second stage needs beside its method: a first one of the same boundary, and a budget.
+SECOND_STAGE = ["isolate.method=ect", "truncate.images=12_800"]
 
 
 def load(name: str, *overrides: str) -> Recipe:
@@ -32,7 +60,7 @@ def load(name: str, *overrides: str) -> Recipe:
 def test_the_packaged_names_are_the_documented_ones():
     assert names("recipes") == ["cifar10", "cifar10-small", "fashion-mnist", "quickstart"]
     assert names("clusters") == ["auto", "laptop", "one-gpu"]
-    assert names("methods") == ["cd", "ct-2023", "ect", "ect-1hour", "ict"]
+    assert names("methods") == sorted(MADE_FOR)
 
 
 @pytest.mark.parametrize(
@@ -73,20 +101,29 @@ def test_a_recipe_that_wants_real_data_says_which_key_gives_it():
 @pytest.mark.parametrize("method", names("methods"))
 @pytest.mark.parametrize("recipe", names("recipes"))
 def test_every_method_preset_serves_the_section_it_is_for(recipe, method):
-    distills = method == "cd"
-    section, other = ("distill", "isolate") if distills else ("isolate", "distill")
-    config = getattr(load(recipe, f"{section}.method={method}"), section)
+    section, cls = MADE_FOR[method]
+    rest = SECOND_STAGE if method == "tcm" else []
+    config = getattr(load(recipe, f"{section}.method={method}", *rest), section)
     assert config.method == method
-    assert (config.path == "noise") != distills
-    with pytest.raises(UserError, match=rf"override '{other}\.method={method}': {other}\.path: "):
-        load(recipe, f"{other}.method={method}")
+    assert type(config) is cls
+    assert (config.path == "noise") == (section == "isolate")
+    for other in {"distill", "isolate", "truncate"} - {section}:
+        refused = rf"override '{other}\.method={method}': {other}\.(path|method): "
+        with pytest.raises(UserError, match=refused) as error:
+            load(recipe, f"{other}.method={method}")
+        assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("method", names("methods"))
 def test_a_method_preset_says_every_part_of_its_method(method):
+    """A default that changes must not change a published method."""
+    _, cls = MADE_FOR[method]
     written = yaml.safe_load((ROOT / "configs" / "methods" / f"{method}.yaml").read_text())
-    assert set(written) >= METHOD_PARTS - {"huber_c"}
-    assert ("huber_c" in written) == (written["distance"] == "pseudo_huber")
+    parts = {field.name for field in dataclasses.fields(cls)} & METHOD_PARTS
+    # A preset names no file; huber_c is of one distance only, which a truncated stage may leave.
+    assert set(written) >= parts - {"huber_c", "lpips"}
+    if "distance" in parts:
+        assert ("huber_c" in written) == (written["distance"] == "pseudo_huber")
 
 
 def test_quickstart_is_the_measured_recipe():
@@ -132,7 +169,19 @@ def fields_of(module: object) -> set[tuple[str, str]]:
     }
 
 
-@pytest.mark.parametrize("module", [consistency.config, pipelines.recipe], ids=lambda m: m.__name__)
+def test_churn_is_handed_on_whole():
+    from consistency.sampling import sample_heun
+
+    fields = {field.name for field in dataclasses.fields(ChurnConfig)}
+    assert set(ChurnConfig(S_churn=1.0).arguments()) == fields
+    assert fields <= set(inspect.signature(sample_heun).parameters)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [consistency.config, consistency.method_config, pipelines.recipe],
+    ids=lambda m: m.__name__,
+)
 def test_every_config_field_is_read_somewhere(module):
     """A key that nothing reads is a lie in every recipe that sets it."""
     read: set[str] = set()

@@ -519,12 +519,18 @@ def score(candidate: str, steps: int, percent: float) -> Score:
         percent=percent,
         agreement=None,
         grid=f"{candidate}-{steps}.png",
-        sigmas=(80.0,) if steps == 1 else (80.0, 0.821),
+        levels=(80.0,) if steps == 1 else (80.0, 0.821),
     )
 
 
-def run_step(place: Place, percents: dict[tuple[str, int], float], **wanted: Any) -> Any:
-    """The register step on the two model folders of the template."""
+def run_step(
+    place: Place,
+    percents: dict[tuple[str, int], float],
+    prefix: str = "",
+    mid_sigma: float = 0.821,
+    **wanted: Any,
+) -> Any:
+    """The register step on the two model folders of the template; `prefix` of the step names."""
     import hashlib
 
     def committed(step: str, value: Any) -> Any:
@@ -540,11 +546,12 @@ def run_step(place: Place, percents: dict[tuple[str, int], float], **wanted: Any
             final_loss=0.0,
             train_seconds=0.0,
             weights_sha256=hashlib.sha256(data).hexdigest(),
+            ema="power-0.1",
         )
 
     def fetch(source: Any, name: str) -> Path:
         if source.step != "evaluate":
-            return place.models / source.step / name
+            return place.models / source.step.removeprefix(prefix) / name
         (place.workspace / name).write_bytes(b"png")
         return place.workspace / name
 
@@ -560,6 +567,7 @@ def run_step(place: Place, percents: dict[tuple[str, int], float], **wanted: Any
     )
     evaluation = Evaluation(
         metric="fd_domain",
+        mid_sigma=mid_sigma,
         floor_percent=0.31,
         scores=tuple(score(name, steps, value) for (name, steps), value in percents.items()),
     )
@@ -579,8 +587,8 @@ def run_step(place: Place, percents: dict[tuple[str, int], float], **wanted: Any
         shard=committed("shard", shard),
         teacher=committed("teacher", trained("distill")),
         evaluate=committed("evaluate", evaluation),
-        distill=committed("distill", trained("distill")),
-        isolate=committed("isolate", trained("isolate")),
+        distill=committed(f"{prefix}distill", trained("distill")),
+        isolate=committed(f"{prefix}isolate", trained("isolate")),
     )
 
 
@@ -605,6 +613,21 @@ def test_the_step_registers_the_better_candidate_with_its_lineage(place: Place) 
     assert grids == {"distill-1.png", "distill-2.png", "isolate-1.png", "isolate-2.png"}
 
 
+def test_a_selected_average_is_registered_under_its_candidate(place: Place) -> None:
+    value = run_step(place, PERCENTS, prefix="select_ema-")
+    assert value.candidate == "isolate"
+    version = tracking.connect(place.uri).get_model_version(NAME, "1")
+    assert version.tags["cmforge.candidate"] == "isolate"
+    assert version.tags["cmforge.fingerprint.select_ema-isolate"] == "s" * 64
+
+
+def test_another_second_level_is_another_model(place: Place) -> None:
+    """The same weights sample differently in two steps, so they are not the same thing."""
+    digests = {run_step(place, PERCENTS, mid_sigma=sigma).digest for sigma in (0.821, 2.0)}
+    assert len(digests) == 2
+    assert place.load(2).unwrap_python_model().model.description.mid_sigma == 2.0
+
+
 def test_the_step_ranks_by_the_asked_for_number_of_steps(place: Place) -> None:
     value = run_step(place, PERCENTS, steps=2, max_distance=0.5)
     assert (value.candidate, value.percent, value.alias) == ("distill", 0.7, None)
@@ -614,6 +637,7 @@ def test_the_step_ranks_by_the_asked_for_number_of_steps(place: Place) -> None:
 def test_a_distance_that_is_not_a_number_never_wins() -> None:
     evaluation = Evaluation(
         metric="m",
+        mid_sigma=0.821,
         floor_percent=0.0,
         scores=(score("distill", 1, float("nan")), score("isolate", 1, 900.0)),
     )
@@ -622,7 +646,8 @@ def test_a_distance_that_is_not_a_number_never_wins() -> None:
 
 def test_the_protocol_digest_changes_with_what_makes_distances_incomparable() -> None:
     shard: Any = SimpleNamespace(pixel_digest="p")
-    base = Evaluation(metric="m", floor_percent=0.3, scores=(score("distill", 1, 2.0),))
+    scores = (score("distill", 1, 2.0),)
+    base = Evaluation(metric="m", mid_sigma=0.821, floor_percent=0.3, scores=scores)
     digest = register.eval_digest(base, shard, "distill", 1)
 
     def changed(**changes: Any) -> str:

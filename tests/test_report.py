@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import html, svg
+from pipelines import html, html_training, svg
 from pipelines.artifacts import (
     Committed,
     Evaluation,
@@ -26,7 +26,7 @@ from pipelines.artifacts import (
 from pipelines.dag import StepContext, StepHistory
 from pipelines.png import encode_png, grid
 from pipelines.recipe import Cluster
-from pipelines.steps import report
+from pipelines.steps import report, select_ema
 
 HOSTILE = "<script>alert('x')</script>\"&--><img src=http://evil.example/a.png onerror=x>"
 STEPS = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
@@ -75,7 +75,7 @@ def score(candidate: str, steps: int, distance: float, **changes: Any) -> Score:
         "percent": 100 * distance / 9.873,
         "agreement": 0.962 if heun else 0.974,
         "grid": f"{candidate}-{steps}.png",
-        "sigmas": () if heun else (80.0, 0.821)[:steps],
+        "levels": () if heun else (80.0, 0.821)[:steps],
     }
     return Score(**(values | changes))
 
@@ -112,7 +112,7 @@ REGISTERED = RegisteredModel(
 
 
 def evaluation(metric: str, scores: tuple[Score, ...]) -> Evaluation:
-    return Evaluation(metric=metric, floor_percent=0.31, scores=scores)
+    return Evaluation(metric=metric, mid_sigma=0.821, floor_percent=0.31, scores=scores)
 
 
 def trained(stage: str) -> TrainedModel:
@@ -124,6 +124,7 @@ def trained(stage: str) -> TrainedModel:
         final_loss=0.1187,
         train_seconds=61.6,
         weights_sha256=(stage[0] * 64),
+        ema="power-0.1",
     )
 
 
@@ -326,6 +327,56 @@ def test_images_of_one_class_have_no_class_agreement() -> None:
     assert floor[: floor.index("</tr>")].count("<td>–</td>") == 5  # one more than with classes
 
 
+def test_times_of_a_mean_flow_are_not_taken_for_noise_levels() -> None:
+    flow = {"sampler": "mean_flow", "levels": (1.0, 0.4508511)}
+    scores = (*SCORES[:4], score("isolate", 2, 0.03528, **flow))
+    document = html.render(page(evaluation=evaluation("m", scores)))
+    row = next(r for r in re.findall(r"<tr>.*?</tr>", document) if "mean_flow" in r)
+    assert row.endswith("<td>mean_flow</td><td>t = 1, 0.4509</td></tr>")
+
+
+SELECTION = html_training.Selection(
+    stage="select_ema-isolate",
+    of="isolate",
+    model=dataclasses.replace(trained("isolate"), ema="power-0.15", weights_sha256="e" * 64),
+    candidates=tuple(
+        html_training.Candidate(name=name, percent=value, chosen=chosen, rebuilt=rebuilt)
+        for name, value, chosen, rebuilt in (
+            ("power-0.05", 0.612, False, False),
+            ("power-0.1", None, False, False),
+            ("power-0.15", 0.487, True, True),
+        )
+    ),
+)
+
+
+def test_the_averages_that_were_compared_are_a_table_with_one_published() -> None:
+    document = html.render(page(selections=(SELECTION,)))
+    Outline(document)  # well-formed
+    section = document[document.index('<section id="ema">') :]
+    rows = re.findall(r"<tr>.*?</tr>", section[: section.index("</section>")])[1:]
+    cells = [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[dh].*?</t[dh]>", r)] for r in rows]
+    assert cells == [
+        ["isolate", "power-0.05", "trained", "0.612 %"],
+        ["isolate", "power-0.1", "trained", "not finite"],
+        ["isolate", "power-0.15 published", "rebuilt from snapshots", "0.487 %"],
+    ]
+    assert 'id="ema"' not in html.render(page())
+
+
+def test_the_average_of_each_training_is_a_fact() -> None:
+    assert html.render(page()).count("<dt>average</dt><dd>power-0.1</dd>") == 3
+
+
+def test_names_in_the_table_of_averages_stay_text() -> None:
+    candidates = tuple(dataclasses.replace(c, name=HOSTILE) for c in SELECTION.candidates)
+    hostile = dataclasses.replace(SELECTION, of=HOSTILE, candidates=candidates)
+    outline = Outline(html.render(page(selections=(hostile,))))
+    plain = Outline(html.render(page(selections=(SELECTION,))))
+    assert [tag for tag, _ in outline.tags] == [tag for tag, _ in plain.tags]
+    assert "".join(outline.text).count(HOSTILE) == 6
+
+
 # --- the step ------------------------------------------------------------------------------------
 
 
@@ -336,7 +387,9 @@ class LocalContext(StepContext):
         return Path(committed.url) / name
 
 
-def finished(tmp_path: Path) -> dict[str, Committed[Any]]:
+def finished(tmp_path: Path, *more: str) -> dict[str, Committed[Any]]:
+    """Inputs of the step; `more` are those of truncate and select_ema."""
+
     def done(step: str, value: object) -> Committed[Any]:
         folder = tmp_path / step
         folder.mkdir()
@@ -352,8 +405,14 @@ def finished(tmp_path: Path) -> dict[str, Committed[Any]]:
         "isolate": done("isolate", trained("isolate")),
         "evaluate": done("evaluate", page().evaluation),
         "register": done("register", REGISTERED),
+        **{name: done(name, trained(name.removeprefix("select_ema-"))) for name in more},
     }
-    for stage in ("teacher", "distill", "isolate"):
+    for name in more:
+        if name.startswith("select_ema-"):
+            rows = [{"name": "power-0.1", "percent": 0.61, "chosen": False}]
+            rows += [{"name": "power-0.15", "percent": 0.52, "chosen": True}]
+            (tmp_path / name / select_ema.TABLE).write_text(json.dumps(rows))
+    for stage in {"teacher", "distill", "isolate", "truncate"} & set(inputs):
         lines = "".join(json.dumps(row) + "\n" for row in curve(stage))
         (tmp_path / stage / "curve.jsonl").write_text(lines)
     stacks = {html.sample_key(s): pixels(i) for i, s in enumerate(SCORES)}
@@ -364,7 +423,7 @@ def finished(tmp_path: Path) -> dict[str, Committed[Any]]:
     return inputs
 
 
-def context(tmp_path: Path) -> LocalContext:
+def context(tmp_path: Path, *more: str) -> LocalContext:
     out = tmp_path / "out"
     out.mkdir()
     return LocalContext(
@@ -378,16 +437,17 @@ def context(tmp_path: Path) -> LocalContext:
         cluster=Cluster(),
         history=tuple(
             StepHistory(s, "cached" if i < 3 else "ran", 12.5, s[0] * 64)
-            for i, s in enumerate(STEPS)
+            for i, s in enumerate((*STEPS, *more))
         ),
     )
 
 
-def config(isolate_uses_teacher: bool) -> report.ReportConfig:
+def config(isolate_uses_teacher: bool, truncates: str | None = None) -> report.ReportConfig:
     return report.ReportConfig(
         recipe_name="quickstart",
         recipe_yaml="name: quickstart\n",
         isolate_uses_teacher=isolate_uses_teacher,
+        truncates=truncates,
     )
 
 
@@ -419,3 +479,56 @@ def test_isolate_from_the_teachers_weights_hangs_on_the_teacher_by_a_dashed_edge
     report.run(ctx, config(True), **finished(tmp_path))
     document = (ctx.out / "report.html").read_text()
     assert document.count('class="edge dashed"') == 2  # wide and tall
+
+
+def edges(tmp_path: Path, ctx: LocalContext, how: report.ReportConfig, *more: str) -> set[str]:
+    """The arrows of the drawing, "from > to", read off the stages handed to it."""
+    drawn: list[svg.Stage] = []
+    inputs = finished(tmp_path, *more)
+    keep = html.render
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "render", lambda page: [drawn.extend(page.stages), keep(page)][1])
+        report.run(ctx, how, **inputs)
+    assert {stage.name for stage in drawn} == {*inputs, "report"}
+    names = [stage.name for stage in drawn]
+    for stage in drawn:  # in an order in which they can be laid out
+        assert all(names.index(name) < names.index(stage.name) for name in stage.inputs)
+    return {f"{name} > {stage.name}" for stage in drawn for name in stage.inputs}
+
+
+SPINE = {
+    *("shard > reference", "shard > teacher", "teacher > distill", "shard > isolate"),
+    *("evaluate > register", "register > report"),
+}
+
+
+def test_truncate_is_drawn_behind_its_first_stage_with_a_curve_of_its_own(tmp_path: Path) -> None:
+    ctx = context(tmp_path, "truncate")
+    assert edges(tmp_path, ctx, config(False, "isolate"), "truncate") == {
+        *SPINE,
+        *("isolate > truncate", "truncate > evaluate"),
+        *("reference > evaluate", "distill > evaluate"),
+    }
+    document = (ctx.out / "report.html").read_text()
+    for stage in ("teacher", "distill", "isolate", "truncate"):
+        assert f"<h3>{stage}</h3>" in document
+
+
+def test_selections_are_drawn_between_the_candidates_and_evaluate(tmp_path: Path) -> None:
+    more = ("truncate", "select_ema-distill", "select_ema-isolate", "select_ema-truncate")
+    ctx = context(tmp_path, *more)
+    drawn = edges(tmp_path, ctx, config(False, "distill"), *more)
+    assert drawn == {
+        *SPINE,
+        "distill > truncate",
+        *(f"{c} > select_ema-{c}" for c in ("distill", "isolate", "truncate")),
+        *(f"reference > {name}" for name in more[1:]),
+        *(f"{name} > evaluate" for name in more[1:]),
+    }
+    document = (ctx.out / "report.html").read_text()
+    assert document.count("rebuilt from snapshots") == 3
+    text = "".join(Outline(document).text)
+    assert "7 of 11 stages ran" not in text
+    assert "8 of 11 stages ran" in text
+    for name in more:
+        assert name in text

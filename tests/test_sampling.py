@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from consistency.parameterization import ConsistencyFunction, Denoiser
+from consistency.parameterization import ConsistencyFunction, Denoiser, guided
 from consistency.sampling import (
     from_uint8,
     sample_heun,
+    sample_mean_flow,
     sample_multistep,
     sample_noise,
     sample_onestep,
@@ -234,6 +235,94 @@ def test_samplers_record_no_gradient():
 
     assert not sample_onestep(model, noise_of([0])).requires_grad
     assert not sample_heun(model, noise_of([0]), 3).requires_grad
+
+
+# ---- MeanFlow ------------------------------------------------------------------------------
+
+
+def exact_u(z, t, gap, labels):
+    """Mean velocity of Gaussian data N(0, V) along z_t = (1 - t) x0 + t e."""
+    t, r = t.view(-1, 1, 1, 1), (t - gap).view(-1, 1, 1, 1)
+
+    def spread(t):
+        return ((1 - t) ** 2 * V + t**2).sqrt()
+
+    return z * (1 - spread(r) / spread(t)) / (t - r)
+
+
+@pytest.mark.parametrize("times", [[1.0], [1.0, 0.5], [1.0, 0.9, 0.3, 0.01]])
+def test_mean_flow_with_the_exact_velocity_gives_the_same_end_in_any_number_of_steps(times):
+    x = sample_mean_flow(exact_u, noise_of(range(4)), times)
+    expected = (noise_of(range(4))(0) * math.sqrt(V)).clamp(-1, 1)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_flow_asks_for_each_time_and_the_gap_to_the_next():
+    asked = []
+
+    def u(z, t, gap, labels):
+        asked.append((t.tolist(), gap.tolist(), labels))
+        return torch.zeros_like(z)
+
+    labels = torch.tensor([3, 5])
+    sample_mean_flow(u, noise_of([0, 1]), [1.0, 0.5, 0.25], labels)
+    assert [t for t, _, _ in asked] == [[1.0, 1.0], [0.5, 0.5], [0.25, 0.25]]
+    assert [gap for _, gap, _ in asked] == [[0.5, 0.5], [0.25, 0.25], [0.25, 0.25]]
+    assert all(given is labels for _, _, given in asked)
+
+
+def test_mean_flow_clamps_its_end_and_nothing_before():
+    seen = []
+
+    def u(z, t, gap, labels):
+        seen.append(z)
+        return torch.full_like(z, -7.0)
+
+    x = sample_mean_flow(u, lambda draw: torch.zeros(1, *SHAPE), [1.0, 0.5])
+    assert seen[1].max().item() == 3.5
+    assert x.max().item() == 1.0
+
+
+def test_mean_flow_samples_do_not_depend_on_the_batch_size():
+    def draw(indices):
+        return sample_mean_flow(exact_u, noise_of(indices), [1.0, 0.4])
+
+    whole = draw(list(range(5)))
+    torch.testing.assert_close(whole, torch.cat([draw([0, 1]), draw([2]), draw([3, 4])]))
+
+
+@pytest.mark.parametrize(
+    ("times", "reason"),
+    [
+        ([], "start at 1"),
+        ([0.9], "start at 1"),
+        ([80.0, 1.0], "start at 1"),
+        ([1.0, 0.0], "above 0"),
+        ([1.0, -0.5], "above 0"),
+        ([1.0, 1.0], "must decrease"),
+        ([1.0, 0.3, 0.6], "must decrease"),
+        ([1.0, float("nan"), 0.5], "must decrease"),
+    ],
+)
+def test_times_that_are_not_a_decreasing_list_from_one_are_refused(times, reason):
+    with pytest.raises(ValueError, match=reason):
+        sample_mean_flow(exact_u, noise_of([0]), times)
+
+
+# ---- guidance ------------------------------------------------------------------------------
+
+
+def test_the_guided_teacher_samples_the_combination_of_both_answers():
+    denoiser, labels, w = Denoiser(LabelNet(), 0.5), torch.tensor([0, 2]), 2.0
+
+    def by_hand(x, sigma, labels):
+        null = denoiser(x, sigma, torch.full_like(labels, -1))
+        return (1 - w) * null + w * denoiser(x, sigma, labels)
+
+    noise = noise_of([0, 1])
+    got = sample_heun(guided(denoiser, w), noise, 6, labels)
+    torch.testing.assert_close(got, sample_heun(by_hand, noise, 6, labels), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, sample_heun(denoiser, noise, 6, labels), atol=1e-2)
 
 
 # ---- 8 bit ---------------------------------------------------------------------------------

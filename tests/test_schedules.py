@@ -5,6 +5,7 @@ import torch
 
 from consistency.parameterization import edm_coefficients
 from consistency.schedules import (
+    angle_to_sigma,
     ect_r,
     ect_stage,
     edm_weight,
@@ -16,6 +17,8 @@ from consistency.schedules import (
     mu_adaptive,
     num_levels_doubling,
     num_levels_sqrt,
+    sigma_to_angle,
+    truncated_student_t_sigmas,
 )
 
 EPS, T = 0.002, 80.0
@@ -57,6 +60,7 @@ def test_relative_gap_near_sigma_one_matches_the_oracle(N, gap):
     [
         *[(40, 22, 1.382), (201, 106, 1.913), (40, 17, 4.366), (40, 18, 3.520)],
         *[(151, 67, 3.991), (151, 62, 5.249), (18, 11, 0.585)],
+        *[(40, 16, 5.38), (40, 20, 2.24)],  # stroke editing, to two digits
     ],
 )
 def test_published_two_step_indices_name_these_sigmas_on_the_descending_grid(N, index, sigma):
@@ -92,8 +96,9 @@ def test_levels_and_mu_of_2023_match_the_tables(s0, s1, mu0, levels, mus):
 def test_openai_mu_differs_at_the_start_and_hardly_later():
     assert mu_adaptive(2, 2, 0.9, "openai") == pytest.approx(0.81)
     assert mu_adaptive(2, 2, 0.95, "openai") == pytest.approx(0.9025)
-    late = num_levels_sqrt(10, 1000, 2, 150)
-    assert abs(mu_adaptive(late, 2, 0.9, "openai") - mu_adaptive(late, 2, 0.9)) < 1e-3
+    for s1, mu0 in ((150, 0.9), (200, 0.95)):
+        for N in {num_levels_sqrt(k, 1000, 2, s1) for k in range(10, 1001)}:
+            assert abs(mu_adaptive(N, 2, mu0, "openai") - mu_adaptive(N, 2, mu0)) < 1e-3
 
 
 def test_unknown_mu_variant_is_refused():
@@ -143,6 +148,12 @@ def test_ict_index_law_and_weights_match_the_oracle():
     assert inverse_gap_weight(sigmas[1:], sigmas[:-1]).tolist() == pytest.approx(weights, rel=1e-3)
 
 
+def test_weight_of_the_finest_published_grid_reaches_26_thousand():
+    sigmas = karras_sigmas(1281, EPS, T)
+    weights = inverse_gap_weight(sigmas[1:], sigmas[:-1])
+    assert weights.max().item() == pytest.approx(2.6e4, rel=0.02)
+
+
 def test_index_law_refuses_a_descending_grid():
     with pytest.raises(ValueError, match="ascend"):
         lognormal_index_probabilities(karras_sigmas(11, EPS, T).flip(0), -1.1, 2.0)
@@ -165,7 +176,14 @@ def test_lognormal_sigmas_depend_on_the_generator_alone():
 @pytest.mark.parametrize(
     ("stage", "t", "ratio"),
     [
-        *[(0, 0.5, 0.0), (0, 1.0, 0.0), (0, 2.0, 0.0232), (0, 5.0, 0.4732), (0, 20.0, 0.5)],
+        *[
+            (0, 0.5, 0.0),
+            (0, 1.0, 0.0),
+            (0, 2.0, 0.0232),
+            (0, 5.0, 0.4732),
+            (0, 20.0, 0.5),
+            (0, 80, 0.5),
+        ],
         *[(2, 0.1, 0.400), (2, 1.0, 0.606), (2, 5.0, 0.868)],
         *[(7, 0.1, 0.9812), (7, 1.0, 0.9877), (7, 5.0, 0.9959), (7, 80.0, 0.9961)],
     ],
@@ -230,3 +248,111 @@ def test_learning_rate_without_warm_up_or_decay_is_constant():
 def test_impossible_learning_rate_schedules_are_refused(arguments):
     with pytest.raises(ValueError, match=r"need|decay_from"):
         lr_factor(*arguments)
+    with pytest.raises(ValueError, match="inverse_sqrt_images"):
+        lr_factor(0, 10, 0, 1.0, inverse_sqrt_images=-1)
+
+
+def test_learning_rate_falls_like_an_inverse_square_root_after_so_many_images():
+    factors = [lr_factor(n, 9000, 0, 1.0, inverse_sqrt_images=1000) for n in (0, 999, 4000, 9000)]
+    assert factors == pytest.approx([1, 1, 1 / 2, 1 / 3])
+
+
+@pytest.mark.parametrize("images", [0, 50, 300, 700, 950, 1000, 1100])
+def test_inverse_square_root_multiplies_warm_up_and_decay(images):
+    alone = lr_factor(images, 1000, 100, 0.5)
+    root = lr_factor(images, 1000, 0, 1.0, inverse_sqrt_images=40)
+    both = lr_factor(images, 1000, 100, 0.5, inverse_sqrt_images=40)
+    assert both == pytest.approx(alone * root)
+
+
+# ---- the law of TCM ------------------------------------------------------------------------
+
+TCM = {"nu": 0.01, "loc": 0.0, "scale": 0.2, "low": 1.0, "high": 80.0}
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        TCM,
+        TCM | {"low": 0.002},
+        TCM | {"nu": 2.0, "loc": -1.1, "scale": 2.0, "low": 0.002},
+        TCM | {"nu": 1e6, "loc": 0.4, "scale": 1.2},
+        TCM | {"loc": 3.0, "scale": 0.001},
+        TCM | {"nu": 1.0, "loc": -20.0},
+    ],
+)
+def test_quantiles_of_the_truncated_student_t_equal_those_of_scipy(law):
+    t = pytest.importorskip("scipy.stats").t(law["nu"], loc=law["loc"], scale=law["scale"])
+    uniform = torch.linspace(1e-4, 1 - 1e-4, 1001, dtype=torch.float64)
+    sigma = truncated_student_t_sigmas(uniform, **law)
+    # Back through the survival function, which keeps its digits above the centre of the law.
+    low, high = (t.sf(math.log(law[end])) for end in ("low", "high"))
+    assert (low - t.sf(sigma.log().numpy())) / (low - high) == pytest.approx(
+        uniform.numpy(), abs=1e-6
+    )
+    exact = torch.from_numpy(t.isf((low - uniform * (low - high)).numpy())).exp()
+    torch.testing.assert_close(sigma, exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("low", "high"), [(1.0, 80.0), (0.002, 80.0), (1.5, 33.3), (0.2, 0.7)])
+def test_quantiles_run_from_end_to_end_of_the_interval_and_never_leave_it(dtype, low, high):
+    uniform = torch.linspace(0, 1, 10_001, dtype=dtype)  # torch.rand can be exactly 0
+    sigma = truncated_student_t_sigmas(uniform, **TCM | {"low": low, "high": high})
+    assert sigma.dtype == dtype
+    ends = torch.tensor([low, high], dtype=dtype)
+    torch.testing.assert_close(sigma[[0, -1]], ends, rtol=1e-6, atol=0)
+    assert bool((sigma >= ends[0]).all())
+    assert bool((sigma <= ends[1]).all())
+    assert bool((sigma.diff() >= 0).all())
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale", "median"),
+    [
+        (0.0, 0.01, 0.006745),  # half a normal law; 80 is 438 widths out
+        (3.0, 0.01, 3.0),  # 1 is 300 widths out, and 80 is 138
+        (-20.0, 0.2, 1.01 * math.log(2) * 0.2**2 / 20),  # the tail alone: an exponential law
+    ],
+)
+def test_quantiles_of_a_nearly_normal_law_in_a_far_wider_interval_stay_finite(loc, scale, median):
+    law = TCM | {"nu": 1e6, "loc": loc, "scale": scale}
+    sigma = truncated_student_t_sigmas(torch.linspace(0, 1, 1001, dtype=torch.float64), **law)
+    assert torch.isfinite(sigma).all()
+    assert sigma[500].log().item() == pytest.approx(median, rel=5e-3)
+
+
+def test_student_t_sigmas_keep_the_shape_of_the_uniforms():
+    assert truncated_student_t_sigmas(torch.rand(2, 3), **TCM).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"nu": 0}, {"scale": 0}, {"low": 0}, {"low": 90}, {"high": math.inf}]
+)
+def test_impossible_student_t_laws_are_refused(wrong):
+    with pytest.raises(ValueError, match="need nu"):
+        truncated_student_t_sigmas(torch.rand(2), **TCM | wrong)
+
+
+# ---- TrigFlow ------------------------------------------------------------------------------
+
+
+def test_angles_match_the_oracles():
+    t = torch.tensor([1.1], dtype=torch.float64)
+    assert angle_to_sigma(t, 0.5).item() == pytest.approx(0.98238, abs=5e-6)
+    sigma = torch.tensor([80.0], dtype=torch.float64)
+    assert sigma_to_angle(sigma, 0.5).item() == pytest.approx(1.564546, abs=5e-7)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 3e-5)])
+def test_angle_and_sigma_are_inverse_over_the_whole_range(dtype, rtol):
+    sigma = karras_sigmas(200, EPS, T).to(dtype)
+    angle = sigma_to_angle(sigma, 0.5)
+    assert angle.dtype == dtype
+    assert bool((angle.diff() > 0).all())
+    torch.testing.assert_close(angle_to_sigma(angle, 0.5), sigma, rtol=rtol, atol=0)
+
+
+def test_at_an_angle_of_45_degrees_noise_and_data_are_equally_strong():
+    sigma = torch.tensor([0.3], dtype=torch.float64)
+    assert sigma_to_angle(sigma, 0.3).item() == pytest.approx(math.pi / 4)

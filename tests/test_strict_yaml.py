@@ -97,7 +97,7 @@ REPLACED = [  # text in MINIMAL, what a person wrote instead, the one line they 
         "6:11: distill.method: unknown method ct-23, did you mean 'ct-2023'?",
     ),
     ("method: cd", "method: [cd]", "6:11: distill.method: unknown method a list"),
-    ("method: cd", "method: ict", "6:11: distill.path: distillation takes the teacher's ODE step"),
+    ("method: cd", "method: ict", "6:11: distill.path: distillation asks the teacher (heun"),
     ("name: tiny", "name: tiny\ndata: 3", "2:7: data: expected a mapping, got 3"),
     (
         "name: tiny",

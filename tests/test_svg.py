@@ -64,6 +64,62 @@ def test_only_the_edge_that_lends_weights_is_dashed() -> None:
     assert "dashed" not in svg.dag(plain)
 
 
+def stage(name: str, lane: int, *inputs: str) -> svg.Stage:
+    return svg.Stage(
+        name=name, lane=lane, inputs=inputs, state="ran", seconds=1.0, fingerprint="f" * 16
+    )
+
+
+WHOLE = (  # truncate and a selection for each candidate
+    stage("shard", 0),
+    stage("reference", -1, "shard"),
+    stage("teacher", 0, "shard"),
+    stage("distill", 0, "teacher"),
+    stage("isolate", 1, "shard"),
+    stage("truncate", 2, "isolate"),
+    stage("select_ema-distill", 0, "reference", "distill"),
+    stage("select_ema-isolate", 1, "reference", "isolate"),
+    stage("select_ema-truncate", 2, "reference", "truncate"),
+    stage("evaluate", 0, "select_ema-distill", "select_ema-isolate", "select_ema-truncate"),
+)
+
+
+EARLY = (  # from a to f: lane 0 is taken behind a, so the edge has to leave it at once
+    stage("a", 0),
+    stage("b", 0, "a"),
+    stage("c", 0, "b"),
+    stage("d", 1, "a"),
+    stage("e", 0, "c", "d"),
+    stage("f", 2, "a", "e"),
+)
+
+
+@pytest.mark.parametrize("stages", [STAGES, WHOLE, EARLY], ids=["spine", "whole", "early"])
+def test_no_edge_runs_through_a_box(stages: tuple[svg.Stage, ...]) -> None:
+    drawing = svg.dag(stages)
+    places = boxes(drawing)
+    lines = re.findall(r'class="edge[^"]*" d="(.*?)"', drawing)
+    assert len(lines) == sum(len(s.inputs) for s in stages)
+    for line in lines:
+        straight = [tuple(map(float, p)) for p in re.findall(r"[ML]([\d.]+),([\d.]+)", line)]
+        bend = re.search(r"C(\S+) (\S+) (\S+)", line)
+        pairs = [(straight[0], straight[1])]
+        if bend is not None:  # it leaves the first straight part and meets the last
+            end = tuple(map(float, bend[3].split(",")))
+            pairs.append((end, straight[2]))
+        for (x0, y0), (x1, _) in pairs:
+            for x, y in places:
+                inside = y < y0 < y + 72 and min(x1, x + 140) - max(x0, x) > 0.1
+                assert not inside, f"{line} runs through the box at {x}, {y}"
+
+
+def test_a_long_name_is_set_smaller_so_that_it_fits_its_box() -> None:
+    drawing = svg.dag(WHOLE)
+    assert drawing.count('class="name long"') == 3
+    assert '<text class="name long" x="12" y="22">select_ema-truncate</text>' in drawing
+    assert "long" not in svg.dag(STAGES)
+
+
 def drawn(chart: str) -> list[tuple[float, float]]:
     points = re.findall(r'class="line" points="(.*?)"', chart)[-1].split()
     return [(float(x), float(y)) for x, y in (p.split(",") for p in points)]

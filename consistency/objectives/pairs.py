@@ -6,12 +6,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from consistency.config import (
+from consistency.config import NoiseConfig
+from consistency.method_config import (
     ConstantLevels,
     DoublingLevels,
     LevelsConfig,
     LognormalPairs,
-    NoiseConfig,
     PairsConfig,
     RatioPairs,
     SqrtLevels,
@@ -62,10 +62,10 @@ def draw_pairs(
             N = num_levels(levels, progress)
             n = random.choice(_index_law(N, noise, P_mean, P_std))
             return _on_grid(N, n, noise)
-        case RatioPairs(P_mean=P_mean, P_std=P_std, q=q, stages=stages, k=k, b=b):
+        case RatioPairs(P_mean=P_mean, P_std=P_std, q=q, stages=stages, k=k, b=b, max_ratio=cap):
             t = torch.exp(P_mean + P_std * random.normal())
             stage = ect_stage(progress.images, progress.total, stages)
-            return Pairs(t, ect_r(t, stage, q, k, b), None)
+            return Pairs(t, ect_r(t, stage, q, k, b, cap), None)
 
 
 def _on_grid(N: int, n: Tensor, noise: NoiseConfig) -> Pairs:

@@ -35,23 +35,20 @@ def run(
     shard: Committed[ShardSet],
     teacher: Committed[TrainedModel],
     evaluate: Committed[Evaluation],
-    distill: Committed[TrainedModel],
-    isolate: Committed[TrainedModel],
+    **candidates: Committed[TrainedModel],
 ) -> RegisteredModel:
     """Register the candidate of lowest percent at `steps`; the gate decides about the alias."""
     from consistency.published import ModelDescription
     from infra import registry, tracking
 
     wanted = config.register
-    candidates = {"distill": distill, "isolate": isolate}
     name = best_candidate(evaluate.value, tuple(candidates), wanted.steps)
     trained = candidates[name]
     percent = evaluate.value.score(name, wanted.steps).percent
 
     text = ctx.fetch(trained, "config.json").read_text()
     # Sample as it was evaluated: the second level of two steps is a choice of the evaluation.
-    mid_sigma = evaluate.value.score(name, 2).sigmas[1]
-    description = replace(ModelDescription.from_json(text), mid_sigma=mid_sigma)
+    description = replace(ModelDescription.from_json(text), mid_sigma=evaluate.value.mid_sigma)
     digest = artifact_digest(trained.value.weights_sha256, description.to_json())
 
     percents = {

@@ -18,7 +18,9 @@ from pipelines.artifacts import (
     TrainedModel,
 )
 from pipelines.dag import StepContext
+from pipelines.html_training import Candidate, Selection, Training
 from pipelines.png import UInt8Array, encode_png
+from pipelines.steps import select_ema
 from pipelines.svg import Stage
 
 FILE = "report.html"
@@ -32,6 +34,7 @@ class ReportConfig:
     # Resolved, defaults filled in. The inputs' fingerprints hold all that matters of it.
     recipe_yaml: str = field(metadata={"identity": False})
     isolate_uses_teacher: bool  # starts from the teacher's weights
+    truncates: str | None  # the first stage of `truncate`
 
 
 def run(
@@ -44,9 +47,16 @@ def run(
     isolate: Committed[TrainedModel],
     evaluate: Committed[Evaluation],
     register: Committed[RegisteredModel],
+    truncate: Committed[TrainedModel] | None = None,
+    **selected: Committed[TrainedModel],
 ) -> Report:
-    """Write `report.html` from the values, each `curve.jsonl`, and the samples of evaluate."""
-    inputs = (shard, reference, teacher, distill, isolate, evaluate, register)
+    """Write `report.html` from the values, each `curve.jsonl`, and the samples of evaluate.
+
+    `selected` are the steps `select_ema-...`, by name.
+    """
+    trained = [teacher, distill, isolate, *([truncate] if truncate else [])]
+    inputs: tuple[Committed[Any], ...]
+    inputs = (shard, reference, *trained, *selected.values(), evaluate, register)
     page = html.Page(
         recipe_name=config.recipe_name,
         recipe_yaml=config.recipe_yaml,
@@ -56,9 +66,9 @@ def run(
         shard=shard.value,
         reference=reference.value,
         trainings=tuple(
-            html.Training(stage=c.step, model=c.value, curve=_curve(ctx, c))
-            for c in (teacher, distill, isolate)
+            Training(stage=c.step, model=c.value, curve=_curve(ctx, c)) for c in trained
         ),
+        selections=tuple(_selection(ctx, c, trained) for c in selected.values()),
         evaluation=evaluate.value,
         registered=register.value,
         samples=_samples(ctx, evaluate),
@@ -83,22 +93,51 @@ def _samples(ctx: StepContext, evaluate: Committed[Evaluation]) -> dict[str, lis
     return {key: [encode_png(image) for image in stack] for key, stack in images.items()}
 
 
+def _selection(
+    ctx: StepContext, selected: Committed[TrainedModel], trained: Sequence[Committed[TrainedModel]]
+) -> Selection:
+    of = next(c for c in trained if select_ema.step_name(c.step) == selected.step)
+    rows = json.loads(ctx.fetch(selected, select_ema.TABLE).read_text())
+    return Selection(
+        stage=selected.step,
+        of=of.step,
+        model=selected.value,
+        candidates=tuple(
+            Candidate(**row, rebuilt=row["name"] not in (of.value.ema, *of.value.emas))
+            for row in rows
+        ),
+    )
+
+
 def _stages(
     ctx: StepContext, config: ReportConfig, inputs: Sequence[Committed[Any]]
 ) -> tuple[Stage, ...]:
     """The boxes, and of the edges those that do not follow from others."""
     states = {past.step: past.state for past in ctx.history}
     lent = ("teacher",) if config.isolate_uses_teacher else ()
-    edges = {
+    edges: dict[str, tuple[str, ...]] = {
         "shard": (),
         "reference": ("shard",),
         "teacher": ("shard",),
         "distill": ("teacher",),
         "isolate": lent or ("shard",),
-        "evaluate": ("reference", "distill", "isolate"),
         "register": ("evaluate",),
     }
     lanes = {"reference": -1, "isolate": 1}
+    candidates = ["distill", "isolate"]
+    names = [one.step for one in inputs]
+    selecting = {c: select_ema.step_name(c) for c in (*candidates, "truncate")}
+    selected = [name for name in selecting.values() if name in names]
+    if config.truncates is not None:
+        edges["truncate"] = (config.truncates,)
+        # Behind its first stage, whose place there may be taken by that one's own selection.
+        lanes["truncate"] = 2 if selected else lanes.get(config.truncates, 0)
+        candidates.append("truncate")
+    for candidate in candidates if selected else ():
+        edges[selecting[candidate]] = ("reference", candidate)
+        lanes[selecting[candidate]] = lanes.get(candidate, 0)
+    last = [c for c in candidates if c != config.truncates]
+    edges["evaluate"] = tuple(selected) or ("reference", *last)
     done = [
         Stage(
             name=one.step,

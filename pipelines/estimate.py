@@ -1,0 +1,401 @@
+"""What a recipe will cost, before anything starts: images, FLOPs, GPU-hours by device, memory.
+
+No data is read. FLOPs and bytes are counted on the recipe's own networks (`consistency.flops`);
+how fast a device really is stays an assumption, the share of its peak (MFU), which is printed.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from consistency.config import PowerEMA, TeacherConfig, TrainConfig, check_network
+from consistency.method_config import (
+    ConsistencyConfig,
+    MeanFlowConfig,
+    SCMConfig,
+    StageTraining,
+    TargetEMA,
+    TruncateConfig,
+)
+from infra.errors import UserError
+from pipelines import config
+from pipelines.recipe import Cluster, Recipe
+
+if TYPE_CHECKING:
+    from consistency.flops import PassCost
+
+GIB = 2**30
+USABLE = 0.9  # of a device's memory: the rest is for the framework, buffers and fragmentation
+
+STUDENT = 3  # forward and backward, in forward passes
+# A forward-mode derivative beside the value: every product once plain, once with the tangent of its
+# input and once with that of the weight, which torch fills with zeros (tests count it).
+JVP = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """Dense peaks of the data sheets in FLOP/s (those "with sparsity" are twice as much)."""
+
+    name: str
+    half: float  # fp16 tensor cores with fp32 accumulation; bf16 is as fast where there is any
+    single: float  # TF32 tensor cores, or plain fp32 where there are none
+    gib: int
+    has_bf16: bool = True
+
+    def hours(self, work: "Sequence[Work]", mfu: float) -> float:
+        """Infinite for a precision that the device does not have."""
+        peak = {"fp32": self.single, "fp16": self.half, "bf16": self.half * self.has_bf16}
+        if not all(peak[part.precision] for part in work):
+            return math.inf
+        return sum(part.flops / (peak[part.precision] * mfu) for part in work) / 3600
+
+
+DEVICES = (
+    # NVIDIA H200 Tensor Core GPU data sheet, SXM: 1,979 TFLOPS bf16 and 989 TF32 with sparsity.
+    Device("H200", 989.5e12, 494.7e12, 141),
+    # NVIDIA H100 Tensor Core GPU data sheet, SXM: the same.
+    Device("H100", 989.5e12, 494.7e12, 80),
+    # NVIDIA A100 80GB data sheet, SXM: 312 TFLOPS bf16, 156 TF32, without sparsity.
+    Device("A100", 312e12, 156e12, 80),
+    # NVIDIA V100 data sheet, SXM2: 125 TFLOPS fp16, 15.7 fp32; no bf16.
+    Device("V100", 125e12, 15.7e12, 32, has_bf16=False),
+    # NVIDIA Ada GPU architecture whitepaper, appendix A: 165.2 TFLOPS fp16 with fp32 accumulation,
+    # 82.6 TF32, without sparsity.
+    Device("RTX 4090", 165.2e12, 82.6e12, 24),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: float
+    precision: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage. `parts`: what a step does to each image, in forward passes of its network
+    (or of LPIPS), with the FLOPs and the precision."""
+
+    name: str
+    images: int
+    steps: int
+    batch: int
+    parts: tuple[tuple[str, float, Work], ...]
+    resident: int  # bytes whatever the batch
+    saved: int  # bytes per image of the micro-batch
+
+    @property
+    def work(self) -> list[Work]:
+        return [Work(w.flops * self.images, w.precision) for _, _, w in self.parts]
+
+    def bytes_at(self, micro_batch: int) -> int:
+        return self.resident + self.saved * micro_batch
+
+    def largest_micro_batch(self, device: Device) -> int:
+        """Images that fit; 0: not even one."""
+        return max(0, int((USABLE * device.gib * GIB - self.resident) // self.saved))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    name: str
+    size: int
+    channels: int
+    classes: int
+    parameters: int
+    forward: int  # FLOPs per image
+    stages: tuple[Stage, ...]
+    sampling: Work
+    evaluations: int  # network calls for one image each
+    assumed: tuple[str, ...]
+
+    @property
+    def work(self) -> list[Work]:
+        return [*(work for stage in self.stages for work in stage.work), self.sampling]
+
+
+def show(arguments: argparse.Namespace, cluster: Cluster) -> int:
+    """The command `cmforge estimate`. Raises UserError."""
+    if not 0 < arguments.mfu <= 1:
+        raise UserError(f"--mfu {arguments.mfu}: a share of the peak in (0, 1], such as 0.4")
+    rest = [text for text in arguments.overrides if not text.startswith("cluster.")]
+    found = estimate(
+        load_recipe(arguments.recipe, rest),
+        size=arguments.size,
+        channels=arguments.channels,
+        classes=arguments.classes,
+    )
+    print("\n".join(table(found, cluster, arguments.mfu)))
+    return 0
+
+
+def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """As `config.load_recipe`, but the recipe need not know where its data is."""
+    try:
+        return config.load_recipe(name, overrides)
+    except UserError as error:
+        if "data.path: source" not in str(error):
+            raise
+        return config.load_recipe(name, ["data.path=unread", *overrides])
+
+
+# Side, channels and classes (an EMNIST in idx files has others).
+KNOWN = {"digits": (8, 1, 10), "idx": (28, 1, 10), "cifar10": (32, 3, 10), "sheets": (32, 3, 10)}
+
+
+def image_shape(
+    recipe: Recipe, size: int | None, channels: int | None, classes: int | None
+) -> tuple[int, int, int, list[str]]:
+    """Side, channels, classes (0: unconditional), and what of it was assumed."""
+    data, conditional = recipe.data, recipe.network.class_conditional
+    side, depth, kinds = KNOWN.get(data.source, (None, 3, 1000))
+    side = size or data.size or side
+    if side is None:
+        raise UserError(
+            f"data.size: only the data says how large images of source {data.source} are; "
+            f"say it here with --size 64"
+        )
+    assumed = []
+    if data.source not in KNOWN:
+        assumed += [f"{depth} channels (--channels)"] if channels is None else []
+        assumed += [f"{kinds} classes (--classes)"] if classes is None and conditional else []
+    return side, channels or depth, (classes or kinds) if conditional else 0, assumed
+
+
+def estimate(
+    recipe: Recipe,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+) -> Estimate:
+    """What is given of the images wins over what the recipe tells of them.
+
+    Raises UserError when their size is unknown or does not fit the network.
+    """
+    for name, value in {"size": size, "channels": channels, "classes": classes}.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    side, depth, kinds, assumed = image_shape(recipe, size, channels, classes)
+    try:
+        check_network(recipe.network, side)
+    except ValueError as error:
+        raise UserError(f"network.{error}") from error
+    costs = _Costs(recipe, side, depth, kinds)
+    plain, evaluations = costs.of(recipe.teacher), _evaluations(recipe)
+    stages = [
+        _stage("teacher", recipe.teacher, costs),
+        _stage("distill", recipe.distill, costs),
+        _stage("isolate", recipe.isolate, costs),
+    ]
+    if recipe.truncate is not None:
+        stages.append(_stage("truncate", recipe.truncate, costs))
+    return Estimate(
+        name=recipe.name,
+        size=side,
+        channels=depth,
+        classes=kinds,
+        parameters=plain.parameters,
+        forward=plain.forward,
+        stages=tuple(stages),
+        sampling=Work(plain.forward * evaluations, "fp32"),  # samplers use no autocast
+        evaluations=evaluations,
+        assumed=tuple(assumed),
+    )
+
+
+@dataclass
+class _Costs:
+    """The networks of a recipe, each counted once."""
+
+    recipe: Recipe
+    size: int
+    channels: int
+    classes: int
+
+    def __post_init__(self) -> None:
+        self.counted: dict[Any, PassCost] = {}
+
+    def of(self, training: StageTraining) -> "PassCost":
+        from consistency.flops import network_cost
+        from consistency.stage import describe
+
+        about = describe(
+            training,
+            network=self.recipe.network,
+            noise=self.recipe.noise,
+            size=self.size,
+            channels=self.channels,
+            class_names=("",) * self.classes,
+        )
+        side = training.dropout_max_side if training.dropout else None
+        half = training.precision != "fp32"
+        key = (about.kind == "mean_flow", training.dropout > 0, side, half)
+        if key not in self.counted:
+            self.counted[key] = network_cost(
+                about, dropout=training.dropout, dropout_max_side=side, half=half
+            )
+        return self.counted[key]
+
+
+def _stage(name: str, training: StageTraining, costs: _Costs) -> Stage:
+    network = costs.of(training)
+    resident, saved = _resident(training, network), network.saved
+    parts = []
+    for what, units in _passes(training, costs.classes > 0):
+        precision = "fp32" if what == "JVP" else training.precision  # see objectives.jvp
+        parts.append((what, units, Work(units * network.forward, precision)))
+    if isinstance(training, ConsistencyConfig) and training.distance == "lpips":
+        from consistency.flops import lpips_cost
+
+        lpips = lpips_cost(costs.size, costs.channels)
+        # Both images forwards, and backwards to the first one alone.
+        parts.append(("LPIPS", 1.5, Work(1.5 * lpips.forward, "fp32")))
+        resident, saved = resident + 4 * lpips.parameters, saved + lpips.saved
+    return Stage(
+        name=name,
+        images=training.steps * training.batch,
+        steps=training.steps,
+        batch=training.batch,
+        parts=tuple(parts),
+        resident=resident,
+        saved=saved,
+    )
+
+
+def _passes(training: StageTraining, has_classes: bool) -> list[tuple[str, float]]:
+    """What a step does to each image, in forward passes."""
+    student: list[tuple[str, float]] = [("student", STUDENT)]
+    match training:
+        case ConsistencyConfig(path=path, guidance=guidance):
+            calls = {"heun": 2, "euler": 1, "noise": 0}[path] * (1 if guidance == 1 else 2)
+            passes = [*student, ("target", 1), ("teacher", calls)]
+        case SCMConfig(path=path, guidance=guidance):
+            calls = (path == "teacher") * (1 if guidance == 1 else 2)
+            passes = [*student, ("JVP", JVP), ("teacher", calls)]
+        case MeanFlowConfig(guidance=guidance, kappa=kappa):
+            guided = has_classes and (guidance != 1 or kappa != 0)
+            passes = [*student, ("JVP", JVP), ("guidance", 2 * guided)]
+        case TruncateConfig():
+            passes = [*student, ("target", 1), ("first stage", 1)]
+        case TeacherConfig():
+            passes = student
+    return [(what, units) for what, units in passes if units > 0]
+
+
+def _resident(training: StageTraining, network: "PassCost") -> int:
+    """Bytes of weights and optimiser, all in fp32, and of weights cast for the backward pass."""
+    copies = 1 + 1 + 2  # the weights, their gradients, two moments of Adam or RAdam
+    copies += len(training.ema)
+    if isinstance(training, ConsistencyConfig) and isinstance(training.target, TargetEMA):
+        copies += 1
+    if not isinstance(training, TeacherConfig) and training.path != "noise":
+        copies += 1  # the frozen teacher
+    return 4 * copies * network.parameters + network.kept
+
+
+def _evaluations(recipe: Recipe) -> int:
+    """Network calls of the evaluation and of select_ema, each for one image."""
+    asked = recipe.evaluate
+    trained: list[TrainConfig] = [recipe.distill, recipe.isolate]
+    trained += [recipe.truncate] if recipe.truncate else []
+    guided = 1 if asked.teacher_guidance == 1 else 2
+    # One and two steps of every candidate; of the teacher too, where two Heun steps take 3 calls.
+    calls = len(trained) * asked.samples * (1 + 2) + guided * asked.samples * (1 + 3)
+    calls += guided * asked.teacher_samples * (2 * asked.teacher_steps - 1)
+    if recipe.select_ema is not None:
+        select = recipe.select_ema
+        for training in trained:
+            lengths = {ema.name for ema in training.ema}
+            if training.snapshots:
+                lengths |= {PowerEMA(sigma_rel=width).name for width in select.sigma_rel}
+            calls += len(lengths) * select.samples * select.steps
+    return calls
+
+
+# --- on paper ------------------------------------------------------------------------------------
+
+
+def table(found: Estimate, cluster: Cluster, mfu: float) -> list[str]:
+    """The estimate as lines of text."""
+    conditional = f", {found.classes} classes" if found.classes else ""
+    lines = [
+        f"{found.name}: {found.size}x{found.size}x{found.channels}{conditional}, "
+        f"{found.parameters / 1e6:.1f} M parameters, forward F = {found.forward / 1e9:.4g} GFLOP "
+        f"per image (2 per multiply-add)"
+    ]
+    lines += [f"assumed: {', '.join(found.assumed)}"] if found.assumed else []
+    rows = [["", "images", "steps", "batch", "FLOP", "of each image"]]
+    for stage in found.stages:
+        parts = " + ".join(
+            f"{what} {units:g}{'' if what == 'LPIPS' else 'F'}" for what, units, _ in stage.parts
+        )
+        counts = [f"{stage.images:,}", f"{stage.steps:,}", f"{stage.batch:,}"]
+        rows.append([stage.name, *counts, f"{_flops(stage.work):.3g}", parts])
+    sampled = f"{found.evaluations:,}"
+    rows.append(["samples", sampled, "", "", f"{found.sampling.flops:.3g}", "sampling F, fp32"])
+    rows.append(["total", "", "", "", f"{_flops(found.work):.3g}", ""])
+    lines += ["", *_columns(rows, left=(0, 5))]
+
+    lines += ["", f"GPU time at {100 * mfu:g} % of the dense peak (assumed; --mfu)"]
+    hours = [["", *(device.name for device in DEVICES)]]
+    work = {stage.name: stage.work for stage in found.stages} | {"samples": [found.sampling]}
+    for name, pieces in [*work.items(), ("total", found.work)]:
+        hours.append([name, *(_hours(device.hours(pieces, mfu)) for device in DEVICES)])
+    lines += _columns(hours)
+    if any(_hours(math.inf) in row for row in hours):
+        lines.append("-: this device has no bf16; precision=fp16 has")
+
+    share = f"{cluster.workers} GPU{'s' if cluster.workers > 1 else ''}"
+    lines += [
+        "",
+        f"memory per GPU, and the largest micro-batch that fits in {100 * USABLE:g} % of it",
+    ]
+    rows = [["", "resident", "per image", *(f"{d.name} {d.gib} GiB" for d in DEVICES)]]
+    for stage in found.stages:
+        fits = [stage.largest_micro_batch(device) for device in DEVICES]
+        sizes = [f"{stage.resident / GIB:.2f} GiB", f"{stage.saved / 2**20:.1f} MiB"]
+        rows.append([stage.name, *sizes, *(_fits(fit, stage, cluster) for fit in fits)])
+    lines += _columns(rows)
+    lines.append(f"all: the whole share of each of {share} (cluster.workers) at once")
+    for stage in found.stages if cluster.micro_batch else ():
+        micro = min(cluster.micro_batch or 0, _share(stage, cluster))
+        at = stage.bytes_at(micro) / GIB
+        lines.append(f"{stage.name} at micro-batch {micro}: {at:.2f} GiB (cluster.micro_batch)")
+    return lines
+
+
+def _flops(work: Sequence[Work]) -> float:
+    return sum(part.flops for part in work)
+
+
+def _share(stage: Stage, cluster: Cluster) -> int:
+    return math.ceil(stage.batch / cluster.workers)
+
+
+def _fits(fit: int, stage: Stage, cluster: Cluster) -> str:
+    if fit == 0:
+        return "none"
+    return "all" if fit >= _share(stage, cluster) else str(fit)
+
+
+def _hours(hours: float) -> str:
+    if math.isinf(hours):
+        return "-"
+    if hours >= 1:
+        return f"{hours:,.0f} h" if hours >= 100 else f"{hours:.1f} h"
+    return f"{60 * hours:.1f} min" if hours >= 1 / 60 else f"{3600 * hours:.2g} s"
+
+
+def _columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

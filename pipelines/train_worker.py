@@ -1,0 +1,288 @@
+"""What each Ray Train worker runs: restore or start, iterate the loop, checkpoint, publish."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from consistency.config import PowerEMA
+from consistency.method_config import ConsistencyConfig, StageTraining
+from infra import storage, tracking
+from infra.errors import UserError
+from pipelines.training import StageJob
+
+if TYPE_CHECKING:
+    from infra.cluster import TrainWorker
+
+LOG_EVERY_SECONDS = 2.0
+CHECK_EVERY = 50  # steps; a look at the loss waits for the GPU
+
+
+def worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on each rank.
+
+    A failure that would only repeat itself (bad data, a loss that is not finite) is returned, not
+    raised: Train would try again.
+    """
+    from consistency.loop import NonFiniteLoss
+    from infra.cluster import TrainWorker
+
+    me = TrainWorker()
+    try:
+        return _train(payload["job"], me)
+    except NonFiniteLoss as error:  # raised on every rank
+        return {"failed": str(error), "user": False}
+    except UserError as error:
+        if me.world_size > 1:  # the other ranks would wait for this one
+            raise
+        return {"failed": str(error), "user": True}
+
+
+def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
+    """Restore or start, iterate the loop, checkpoint at a cadence, publish at the end."""
+    import torch
+
+    from consistency.loop import Workers, train
+    from consistency.state import CheckpointError
+
+    torch.set_num_threads(job.cpus_per_worker)
+    running = _Running(job, me.device)
+    with me.latest_checkpoint() as folder:
+        if folder is not None:
+            try:
+                running.restore(folder)
+            except CheckpointError as error:
+                raise UserError(
+                    f"{error}; delete {storage.join(job.work, 'train')} to train from the start"
+                ) from error
+    stage, state, curve = running.stage, running.stage.state, running.curve
+    marks = snapshot_steps(job.config)
+
+    with tracking.MetricWriter(
+        job.tracking_uri, job.open_run, after=state.images, enabled=me.rank == 0
+    ) as metrics:
+        before = curve[-1]["seconds"] if curve else 0.0
+        clock = _Clock(job.checkpoint_every_seconds, state.images, before)
+        steps = train(
+            state,
+            stage.objective,
+            running.stream,
+            job.config,
+            teacher=stage.teacher,
+            seed=job.seed,
+            workers=Workers(
+                me.rank,
+                me.world_size,
+                me.device,
+                micro_batch=job.micro_batch,
+                check_every=1 if me.device.type == "cpu" else CHECK_EVERY,
+            ),
+        )
+        for log in steps:
+            clock.losses.append(log.loss)
+            last = log.steps == job.config.steps
+            if clock.log_due(last):
+                point = clock.point(log)
+                curve.append(point)
+                metrics.log(log.images, {k: v for k, v in point.items() if k != "images"})
+                if me.rank == 0:
+                    _progress(job, point)
+            if log.steps in marks and me.rank == 0:
+                running.keep_snapshot()
+            if log.checked and not last and clock.checkpoint_due(me.world_size, me.device):
+                running.publish_checkpoint(me.publish, me.rank)
+                clock.checkpointed()
+        if me.rank == 0:
+            return running.finish(clock.train_seconds)
+    return {}
+
+
+def snapshot_steps(config: StageTraining) -> frozenset[int]:
+    """The optimiser steps after which power EMAs are kept: evenly spread, the last one included."""
+    return frozenset(
+        round(config.steps * (n + 1) / config.snapshots) for n in range(config.snapshots)
+    )
+
+
+class _Running:
+    """A stage on one rank, and where its files go."""
+
+    def __init__(self, job: StageJob, device: Any) -> None:
+        from consistency.data import ImageStream
+        from consistency.published import ModelDescription
+        from consistency.stage import begin
+        from pipelines import shard_data
+
+        self.job = job
+        self.about = ModelDescription.from_json(job.description)
+        images = shard_data.load(job.shards_url, job.manifest_sha256)
+        labels = images.labels if self.about.num_classes > 0 else None
+        self.stream = ImageStream(images.images, labels, job.seed, job.config.flip)
+        self.stage = begin(
+            self.about,
+            job.config,
+            seed=job.seed,
+            device=device,
+            teacher_weights=self._teacher_weights(),
+            lpips=self._lpips(device),
+        )
+        self.curve: list[dict[str, float]] = []
+
+    def _teacher_weights(self) -> Any:
+        from safetensors.torch import load
+
+        if self.job.teacher_url is None:
+            return None
+        url = storage.join(self.job.teacher_url, "weights.safetensors")
+        data = storage.read_bytes(url)
+        if hashlib.sha256(data).hexdigest() != self.job.teacher_sha256:
+            raise storage.CorruptError(f"{url} is altered (its sha256 differs): run with --force")
+        return load(data)
+
+    def _lpips(self, device: Any) -> Any:
+        """The network of distance lpips, whose file must be the one that was planned with."""
+        config = self.job.config
+        if not isinstance(config, ConsistencyConfig) or config.lpips is None:
+            return None
+        from consistency.lpips import load_lpips
+
+        data = storage.read_bytes(config.lpips)
+        if hashlib.sha256(data).hexdigest() != self.job.lpips_sha256:
+            raise UserError(
+                f"{self.job.step}.lpips: {config.lpips} changed since the plan; run again"
+            )
+        with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+            path = Path(folder) / Path(config.lpips).name
+            path.write_bytes(data)
+            try:
+                return load_lpips(path).to(device)
+            except ValueError as error:
+                raise UserError(f"{self.job.step}.lpips: {error}") from error
+
+    def restore(self, folder: Path) -> None:
+        self.stage.state.restore(folder)
+        lines = (folder / "curve.jsonl").read_text().splitlines()
+        self.curve.extend(json.loads(line) for line in lines)
+
+    def publish_checkpoint(self, publish: Callable[[Path | None, int], None], rank: int) -> None:
+        images = self.stage.state.images
+        if rank != 0:
+            publish(None, images)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="cmforge-"))
+        try:
+            self.stage.state.save(folder)
+            (folder / "curve.jsonl").write_text(self._curve_text())
+            publish(folder, images)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep_snapshot(self) -> None:
+        """Power EMAs as they are now; a resumed run that comes by again writes the same bytes."""
+        for ema in self.job.config.ema:
+            if isinstance(ema, PowerEMA):
+                self._write(f"snapshots/{ema.name}-{self.stage.state.steps}", ema.name)
+
+    def finish(self, train_seconds: float) -> dict[str, Any]:
+        """Write the published model to work/final; returns the fields of TrainedModel."""
+        state, emas = self.stage.state, self.job.config.ema
+        first, *others = [ema.name for ema in emas]
+        digest = self._write("weights", first)
+        for name in others:
+            self._write(f"ema/{name}", name)
+        final = storage.join(self.job.work, "final")
+        storage.write_bytes(storage.join(final, "config.json"), self.about.to_json().encode())
+        storage.write_bytes(storage.join(final, "curve.jsonl"), self._curve_text().encode())
+        return {
+            "kind": self.about.kind,
+            "images": state.images,
+            "steps": state.steps,
+            "parameters": sum(p.numel() for p in state.net.parameters()),
+            "final_loss": self.curve[-1]["loss"] if self.curve else float("nan"),
+            "train_seconds": round(train_seconds, 3),
+            "weights_sha256": digest,
+            "ema": first,
+            "emas": others,
+            "snapshots": [
+                f"{ema.name}-{steps}"
+                for steps in sorted(snapshot_steps(self.job.config))
+                for ema in emas
+                if isinstance(ema, PowerEMA)
+            ],
+        }
+
+    def _write(self, name: str, ema: str) -> str:
+        """One EMA's weights as work/final/{name}.safetensors; returns their sha256."""
+        from safetensors.torch import save
+
+        average = self.stage.state.averages[ema]
+        data = save({k: v.contiguous().cpu() for k, v in average.items()})
+        url = storage.join(storage.join(self.job.work, "final"), f"{name}.safetensors")
+        storage.write_bytes(url, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def _curve_text(self) -> str:
+        return "".join(json.dumps(point) + "\n" for point in self.curve)
+
+
+class _Clock:
+    """When to log and to checkpoint. Wall time decides, so no result may depend on it."""
+
+    def __init__(self, checkpoint_every_seconds: float, images: int, before: float) -> None:
+        now = time.monotonic()
+        self.every = checkpoint_every_seconds
+        self.before = before  # seconds of earlier attempts
+        self.started = self.last_log = self.last_checkpoint = now
+        self.last_images = images
+        self.losses: list[Any] = []
+
+    def log_due(self, last: bool) -> bool:
+        return last or time.monotonic() - self.last_log >= LOG_EVERY_SECONDS
+
+    def point(self, log: Any) -> dict[str, float]:
+        """One line of the curve: means since the last one (of rank 0's share)."""
+        import torch
+
+        now = time.monotonic()
+        rate = (log.images - self.last_images) / max(now - self.last_log, 1e-9)
+        loss = torch.stack(self.losses).mean().item()
+        self.last_log, self.last_images, self.losses = now, log.images, []
+        return {
+            "images": log.images,
+            "loss": loss,
+            "images_per_second": round(rate, 2),
+            "lr": log.lr,
+            "seconds": round(self.train_seconds, 3),
+            **log.metrics,
+        }
+
+    def checkpoint_due(self, world_size: int, device: Any) -> bool:
+        """Decided by rank 0's clock, since publishing is a barrier for all."""
+        due = time.monotonic() - self.last_checkpoint >= self.every
+        if world_size > 1:
+            import torch
+            import torch.distributed as dist
+
+            flag = torch.tensor([float(due)], device=device)
+            dist.broadcast(flag, src=0)
+            due = bool(flag.item())
+        return due
+
+    def checkpointed(self) -> None:
+        self.last_checkpoint = time.monotonic()
+
+    @property
+    def train_seconds(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+
+def _progress(job: StageJob, point: dict[str, float]) -> None:
+    """The live line of this stage, for the driver and `cmforge status`; not worth failing for."""
+    line = {**point, "total": job.config.images, "at": time.time()}
+    with contextlib.suppress(OSError, UserError):
+        storage.write_bytes(storage.join(job.work, "progress.json"), json.dumps(line).encode())
