@@ -4,6 +4,7 @@ Nothing is computed: the network is walked through on the meta device, whose ten
 types but no data, so a network larger than this machine's memory takes a second or two.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ BATCH = 10_007
 # Keeps for the backward pass what a GPU's flash attention keeps.
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
+# What autocast takes in half precision, of what our networks call.
+HALF = (torch.conv2d, torch.conv_transpose2d, F.linear, F.scaled_dot_product_attention)
+
 Inputs = Callable[[int], tuple[Tensor, ...]]
 
 
@@ -41,6 +45,7 @@ class PassCost:
     kept: int
 
 
+@functools.cache
 def network_cost(
     description: ModelDescription,
     *,
@@ -61,6 +66,7 @@ def network_cost(
     return pass_cost(net, inputs, half=half)
 
 
+@functools.cache
 def lpips_cost(size: int, channels: int) -> PassCost:
     """One comparison by LPIPS whose first image is trained through: `forward` is of both images."""
     weights: dict[str, Tensor] = {}
@@ -114,7 +120,7 @@ class _AsOnCUDA(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if torch.is_autocast_enabled("cpu"):
-            if func in (torch.conv2d, F.linear, F.scaled_dot_product_attention):
+            if func in HALF:
                 args = [a.bfloat16() if isinstance(a, Tensor) else a for a in args]
             elif func is F.group_norm:
                 args = (args[0].float(), *args[1:])

@@ -199,7 +199,9 @@ class SCMConfig(TrainConfig):
     tangent_norm: Literal["l2", "rms"] = "l2"  # over the sample; rms = l2 / sqrt(dim)
     tangent_warmup_images: int = 0
     adaptive_weight: bool = True
-    prior_weight: Literal["uniform", "inverse_sigma"] = "inverse_sigma"
+    # The paper's prior weight 1 / sigma is in g already (see scm_tangent); inverse_sigma multiplies
+    # the loss by it once more. The learned weight undoes that, but slowly: short runs take uniform.
+    prior_weight: Literal["uniform", "inverse_sigma"] = "uniform"
     guidance: float = 1.0  # of the teacher; 1 is none
 
     def __post_init__(self) -> None:

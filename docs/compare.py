@@ -35,32 +35,68 @@ CALIBRATION_STEPS = 12
 
 # method -> (overrides on the quickstart recipe, units of budget, what its weights come from)
 TUNE = ["isolate.lr=1e-3"]
+SHORT = ["tangent_warmup_images=3_200", "P_std=1.8"]  # a network told ln(sigma) / 4
+SECOND = [
+    *["images=19_200", "batch=64", "optimizer=adam", "lr=1e-3", "betas=[0.9, 0.99]"],
+    *["warmup_images=3_200", "decay_from=0.5", "ema=[{kind: power, sigma_rel: 0.10}]"],
+]
 METHODS: dict[str, tuple[list[str], float, str]] = {
     "ect": (["isolate.method=ect", *TUNE], 1, "teacher"),
-    "ect-1hour": (["isolate.method=ect-1hour", *TUNE], 1, "teacher"),
     "cd": ([], 1, "teacher"),  # the quickstart's distill
     "ict": (["isolate.pairs.levels.s1=160"], 2, "scratch"),
-    "ct-2023": (["isolate.method=ct-2023"], 2, "scratch"),
-    "sct": (["isolate.method=sct", *TUNE], 1, "teacher"),
-    "scd": (["distill.method=scd"], 1, "teacher"),
+    "sct": (["isolate.method=sct", *TUNE, *(f"isolate.{o}" for o in SHORT)], 1, "teacher"),
+    "scd": (["distill.method=scd", *(f"distill.{o}" for o in SHORT)], 1, "teacher"),
     "mean-flow": (["isolate.method=mean-flow"], 2, "scratch"),
-    "tcm": (["isolate.method=ect", "truncate.method=tcm", *TUNE], 0.5, "ect-half"),
+    "tcm": (
+        ["isolate.method=ect", *TUNE, "truncate.method=tcm", *(f"truncate.{o}" for o in SECOND)],
+        0.5,
+        "ect-half",
+    ),
+    "ect-1hour": (["isolate.method=ect-1hour", *TUNE], 1, "teacher"),
+    "ct-2023": (["isolate.method=ct-2023"], 2, "scratch"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("out", type=Path, nargs="+", help="one file; with --table, all of them")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--unit-steps", type=int, default=771)
+    parser.add_argument("--table", action="store_true", help="print what is in the files")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(table([json.loads(path.read_text()) for path in arguments.out]))
+        return
     torch.set_num_threads(1)
-    comparison = Comparison(arguments.out, arguments.unit_steps)
-    comparison.calibrate(arguments.only)
+    comparison = Comparison(arguments.out[0], arguments.unit_steps)
+    comparison.calibrate()
     for seed in arguments.seeds:
         for method in arguments.only:
             comparison.run(method, seed)
+
+
+def table(files: list[dict[str, Any]]) -> str:
+    """Markdown: one row per method, the seeds' scores in their order."""
+    merged = {key: value for results in files for key, value in results.items() if "/" in key}
+    rows = [
+        "| method | steps | CPU-s | one step, % | in class | two steps, % | in class |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for method in METHODS:
+        runs = [merged[key] for key in sorted(merged) if key.split("/")[0] == method]
+        if runs:
+            cells = [
+                str(runs[0]["steps"]),
+                " / ".join(f"{run['cpu_seconds']:.0f}" for run in runs),
+                *(
+                    " / ".join(f"{run[count][key]:.2f}" for run in runs)
+                    for count in ("1 step", "2 step")
+                    for key in ("percent", "agreement")
+                ),
+            ]
+            rows.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 class Comparison:
@@ -80,11 +116,11 @@ class Comparison:
         self.reference = GaussianStats.from_features(extract(self.net, self.images))
         self.weights: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
 
-    def calibrate(self, methods: list[str]) -> None:
+    def calibrate(self) -> None:
         """CPU seconds per step of each method, in the middle of three interleaved rounds."""
         if "seconds_per_step" in self.results:
             return
-        names = ["teacher", *methods]
+        names = ["teacher", *METHODS]
         rounds: dict[str, list[float]] = {name: [] for name in names}
         for _ in range(3):
             for name in names:

@@ -8,7 +8,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from consistency.config import PowerEMA, TeacherConfig, TrainConfig, check_network
 from consistency.method_config import (
@@ -184,15 +184,15 @@ def estimate(
         check_network(recipe.network, side)
     except ValueError as error:
         raise UserError(f"network.{error}") from error
-    costs = _Costs(recipe, side, depth, kinds)
-    plain, evaluations = costs.of(recipe.teacher), _evaluations(recipe)
-    stages = [
-        _stage("teacher", recipe.teacher, costs),
-        _stage("distill", recipe.distill, costs),
-        _stage("isolate", recipe.isolate, costs),
-    ]
+    images = _Images(side, depth, kinds)
+    plain, evaluations = _network(recipe.teacher, recipe, images), _evaluations(recipe)
+    training: dict[str, StageTraining] = {
+        "teacher": recipe.teacher,
+        "distill": recipe.distill,
+        "isolate": recipe.isolate,
+    }
     if recipe.truncate is not None:
-        stages.append(_stage("truncate", recipe.truncate, costs))
+        training["truncate"] = recipe.truncate
     return Estimate(
         name=recipe.name,
         size=side,
@@ -200,58 +200,51 @@ def estimate(
         classes=kinds,
         parameters=plain.parameters,
         forward=plain.forward,
-        stages=tuple(stages),
+        stages=tuple(_stage(k, v, recipe, images) for k, v in training.items()),
         sampling=Work(plain.forward * evaluations, "fp32"),  # samplers use no autocast
         evaluations=evaluations,
         assumed=tuple(assumed),
     )
 
 
-@dataclass
-class _Costs:
-    """The networks of a recipe, each counted once."""
-
-    recipe: Recipe
+@dataclass(frozen=True)
+class _Images:
     size: int
     channels: int
     classes: int
 
-    def __post_init__(self) -> None:
-        self.counted: dict[Any, PassCost] = {}
 
-    def of(self, training: StageTraining) -> "PassCost":
-        from consistency.flops import network_cost
-        from consistency.stage import describe
+def _network(training: StageTraining, recipe: Recipe, images: _Images) -> "PassCost":
+    from consistency.flops import network_cost
+    from consistency.published import ModelDescription
 
-        about = describe(
-            training,
-            network=self.recipe.network,
-            noise=self.recipe.noise,
-            size=self.size,
-            channels=self.channels,
-            class_names=("",) * self.classes,
-        )
-        side = training.dropout_max_side if training.dropout else None
-        half = training.precision != "fp32"
-        key = (about.kind == "mean_flow", training.dropout > 0, side, half)
-        if key not in self.counted:
-            self.counted[key] = network_cost(
-                about, dropout=training.dropout, dropout_max_side=side, half=half
-            )
-        return self.counted[key]
+    about = ModelDescription(
+        kind="mean_flow" if isinstance(training, MeanFlowConfig) else "denoiser",
+        network=recipe.network,
+        noise=recipe.noise,
+        size=images.size,
+        channels=images.channels,
+        class_names=("",) * images.classes,
+    )
+    return network_cost(
+        about,
+        dropout=0.5 if training.dropout else 0.0,  # how much of it makes no difference here
+        dropout_max_side=training.dropout_max_side if training.dropout else None,
+        half=training.precision != "fp32",
+    )
 
 
-def _stage(name: str, training: StageTraining, costs: _Costs) -> Stage:
-    network = costs.of(training)
+def _stage(name: str, training: StageTraining, recipe: Recipe, images: _Images) -> Stage:
+    network = _network(training, recipe, images)
     resident, saved = _resident(training, network), network.saved
     parts = []
-    for what, units in _passes(training, costs.classes > 0):
+    for what, units in _passes(training, images.classes > 0):
         precision = "fp32" if what == "JVP" else training.precision  # see objectives.jvp
         parts.append((what, units, Work(units * network.forward, precision)))
     if isinstance(training, ConsistencyConfig) and training.distance == "lpips":
         from consistency.flops import lpips_cost
 
-        lpips = lpips_cost(costs.size, costs.channels)
+        lpips = lpips_cost(images.size, images.channels)
         # Both images forwards, and backwards to the first one alone.
         parts.append(("LPIPS", 1.5, Work(1.5 * lpips.forward, "fp32")))
         resident, saved = resident + 4 * lpips.parameters, saved + lpips.saved

@@ -62,7 +62,7 @@ def _training(t: Training) -> str:
         ("parameters", f"{m.parameters:,}"),
         ("training time", duration(m.train_seconds)),
         ("final loss", figure(m.final_loss, 4)),
-        ("average", m.ema),
+        ("EMA", m.ema),
     ]
     series = {key: _series(t.curve, key) for key in ("loss", "images_per_second", "N", "mu")}
     for key, name in (("N", "grid points N"), ("mu", "target decay μ")):
@@ -110,11 +110,11 @@ def selections(selections: Sequence[Selection]) -> str:
                 f"<td>{'rebuilt from snapshots' if c.rebuilt else 'trained'}</td>"
                 f"<td><b>{score}</b></td></tr>"
             )
-    heads = ("stage", "average of the weights", "how", "of total variance")
+    heads = ("stage", "EMA of the weights", "how", "of total variance")
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     return (
-        '<section id="ema">\n<h2>Length of the average</h2>\n'
-        "<p>Of each stage the average whose samples score lowest is evaluated and published. These "
+        '<section id="ema">\n<h2>Choice of the EMA</h2>\n'
+        "<p>Of each stage the EMA whose samples score lowest is evaluated and published. These "
         "samples are others than the evaluation's, so the scores differ a little from those "
         "above.</p>\n"
         f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>'

@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -120,14 +121,23 @@ def fresh(config, **changes):
 
     Layers that start at (nearly) zero would hide most of the network from a three-step test.
     """
-    teacher = shaken(build_network(about(KINDS["teacher"], **changes)).state_dict(), seed=1)
-    stage = begin(about(config, **changes), config, seed=0, teacher_weights=teacher)
-    for weights in (stage.state.net, stage.state.target):
-        if weights is not None:
-            weights.load_state_dict(shaken(weights.state_dict(), seed=2))
-    for average in stage.state.averages.values():
-        average |= shaken(average, seed=2)
+    stage = begin(
+        about(config, **changes), config, seed=0, teacher_weights=teacher_weights(**changes)
+    )
+    state = stage.state
+    weights = shaken(state.net.state_dict(), seed=2)
+    state.net.load_state_dict(weights)
+    if state.target is not None:
+        state.target.load_state_dict(weights)
+    for average in state.averages.values():
+        for name, value in average.items():
+            value.copy_(weights[name])
     return stage
+
+
+@cache
+def teacher_weights(**changes):
+    return shaken(build_network(about(KINDS["teacher"], **changes)).state_dict(), seed=1)
 
 
 def shaken(weights, seed):

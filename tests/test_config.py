@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 
 from consistency.config import ConstantEMA, HalfLifeEMA
 from consistency.method_config import (
+    ConsistencyConfig,
     ConstantLevels,
     DoublingLevels,
     LognormalPairs,
+    MeanFlowConfig,
     RatioPairs,
+    SCMConfig,
     SqrtLevels,
     StopGradTarget,
     TargetEMA,
@@ -202,6 +205,62 @@ def test_the_resolved_recipe_holds_every_key_and_loads_to_itself(tmp_path):
     text = resolved_yaml(recipe)
     for field in dataclasses.fields(Recipe):
         assert f"\n{field.name}:" in f"\n{text}"
+
+
+GUIDED = ["teacher.label_dropout=0.1", "network.class_conditional=true"]
+TWO_EMAS = "[{kind: power, sigma_rel: 0.05}, {kind: half_life, images: 7}]"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["isolate.method=sct"],
+        ["isolate.method=mean-flow", "isolate.times={kind: shared, P_std: 2}"],
+        ["isolate.method=mean-flow", "isolate.times.r_mean=-3"],
+        ["distill.method=scd", "noise.c_noise=angle", "network.adagn=double_norm"],
+        ["isolate.pairs={kind: uniform, levels: {kind: sqrt, s1: 9}}"],
+        ["isolate.method=ect-imagenet64", "isolate.pairs.max_ratio=null"],
+        ["distill.target={kind: ema, mu: 0.9, adaptive_s0: 3, variant: openai}"],
+        ["distill.distance=lpips", "distill.lpips=a b/vgg.pth"],
+        ["isolate.method=ect", "truncate.method=tcm", "truncate.images=1_000"],
+        [
+            *("select_ema={steps: 2, sigma_rel: [0.07]}", f"isolate.ema={TWO_EMAS}"),
+            f"distill.ema={TWO_EMAS}",
+        ],
+        ["evaluate.teacher_churn={S_churn: 40, S_max: 50}", "evaluate.teacher_guidance=2", *GUIDED],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_member_of_every_union_survives_its_resolved_form(tmp_path, overrides):
+    recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
+    assert recipe != load_recipe(write(tmp_path, MINIMAL))
+    assert load_recipe(write(tmp_path, resolved_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "method", "cls"),
+    [
+        ("isolate", "sct", SCMConfig),
+        ("isolate", "mean-flow", MeanFlowConfig),
+        ("isolate", "ect", ConsistencyConfig),
+        ("distill", "scd", SCMConfig),
+    ],
+)
+def test_a_method_of_another_family_brings_its_whole_composition(tmp_path, section, method, cls):
+    """What the file wrote for the old method goes, training keys stay, and back again."""
+    file = load_recipe("quickstart")
+    switched = load_recipe("quickstart", [f"{section}.method={method}"])
+    config = getattr(switched, section)
+    preset = load_recipe(
+        write(tmp_path, MINIMAL.replace({"isolate": "ict", "distill": "cd"}[section], method))
+    )
+    assert type(config) is cls
+    for name in METHOD_PARTS & {field.name for field in dataclasses.fields(cls)}:
+        assert getattr(config, name) == getattr(getattr(preset, section), name), name
+    written = getattr(file, section)
+    assert (config.images, config.lr, config.ema) == (written.images, written.lr, written.ema)
+    again = load_recipe(write(tmp_path, resolved_yaml(switched)), [f"{section}.method={method}"])
+    assert again == switched  # naming the method it already has changes nothing
 
 
 QUICKSTART = load_recipe("quickstart")

@@ -4,7 +4,6 @@ One spawn of two gloo processes runs everything and writes what it saw; the test
 """
 
 import os
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from tests.every_kind import (
 )
 
 STEPS = 2
+PIECES = ("teacher-weighted", "scd", "mean_flow")
 ODD = 9  # shares of 4 and 5 images; in pieces of 4: one piece against two
 
 
@@ -101,20 +101,15 @@ def finite_check(rank):
     return {"error": "", "passed": passed}
 
 
-def calls_of_ddp(rank):
-    """How often each kind calls the wrapped module in one step."""
-    counts = Counter()
+def counted(counts):
+    """DDP's forward, counting its calls in `counts`."""
     forward = DistributedDataParallel.forward
-    for kind, config in KINDS.items():
 
-        def counted(self, *inputs, kind=kind, **named):
-            counts[kind] += 1
-            return forward(self, *inputs, **named)
+    def count(self, *inputs, **named):
+        counts.append(1)
+        return forward(self, *inputs, **named)
 
-        DistributedDataParallel.forward = counted
-        next(run(fresh(deterministic(config)), rank=rank, world_size=2))
-    DistributedDataParallel.forward = forward
-    return counts
+    return count
 
 
 def _rank(rank, port, path):
@@ -122,16 +117,22 @@ def _rank(rank, port, path):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     ours = {"rank": rank, "world_size": 2}
+    calls = []
+    DistributedDataParallel.forward = counted(calls)
+    plain, ddp = {}, {}
+    for kind, config in KINDS.items():
+        calls.clear()
+        plain[kind] = taken(deterministic(config), **ours)
+        ddp[kind] = len(calls)
     seen = {
-        "plain": {kind: taken(deterministic(c), **ours) for kind, c in KINDS.items()},
+        "plain": plain,
+        "ddp": ddp,
         "pieces": {
-            kind: taken(odd(deterministic(KINDS[kind])), micro_batch=4, **ours)
-            for kind in ("teacher-weighted", "ect", "scd", "mean_flow")
+            kind: taken(odd(deterministic(KINDS[kind])), micro_batch=4, **ours) for kind in PIECES
         },
         "overflow": overflowing(rank),
         "bad loss": bad_loss(rank),
         "finite check": finite_check(rank),
-        "ddp": calls_of_ddp(rank),
     }
     torch.save(seen, Path(path) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -167,7 +168,7 @@ def test_two_ranks_reach_what_one_rank_reaches(kind, ranks):
     assert_as_alone(ranks, "plain", kind, deterministic(KINDS[kind]))
 
 
-@pytest.mark.parametrize("kind", ["teacher-weighted", "ect", "scd", "mean_flow"])
+@pytest.mark.parametrize("kind", PIECES)
 def test_unequal_shares_in_unequal_pieces_reach_it_too(kind, ranks):
     assert_as_alone(ranks, "pieces", kind, odd(deterministic(KINDS[kind])))
 
@@ -175,7 +176,7 @@ def test_unequal_shares_in_unequal_pieces_reach_it_too(kind, ranks):
 def test_only_the_pass_with_a_gradient_goes_through_ddp(ranks):
     """Target, teacher and forward-mode passes take the module inside: DDP's hooks want no part."""
     for rank in ranks:
-        assert rank["ddp"] == dict.fromkeys(KINDS, 1)
+        assert rank["ddp"] == dict.fromkeys(KINDS, STEPS)
 
 
 def test_gradients_that_overflow_on_one_rank_are_skipped_by_all(ranks):

@@ -2,7 +2,7 @@
 
 The exact denoiser of a mixture is closed form, so the probability-flow ODE can be integrated as
 finely as wanted: its end is what a consistency model must give for its start. A small MLP is
-trained by each objective through the real loop. Bounds are about twice what 3 seeds show.
+trained by each objective through the real loop. Bounds are about twice the worst of 3 seeds.
 """
 
 from functools import cache
@@ -224,7 +224,7 @@ def distilled(seed=0, **parts):
 
 
 def test_distillation_reaches_the_map():
-    assert error(distilled()) < 0.15
+    assert error(distilled()) < 0.25
 
 
 def isolated(seed=0):
@@ -268,7 +268,7 @@ def test_isolation_reaches_its_own_limit():
     ends = f(NOISE.sigma_max * z[:500], torch.full((500,), NOISE.sigma_max))
     limit = isolation_limit(21)
     assert rms(limit - exact[:500]) == pytest.approx(0.14, abs=0.02)  # of the method, not of us
-    assert rms(ends - limit) < 0.2
+    assert rms(ends - limit) < 0.17
     assert error(net) < 0.3
 
 
@@ -298,8 +298,8 @@ def truncated(seed=0):
     return trained(config, seed, first, first)
 
 
-def test_the_truncated_stage_keeps_or_betters_the_first():
-    assert error(truncated(), 0.0) < 0.2
+def test_the_truncated_stage_stays_at_the_map():
+    assert error(truncated(), 0.0) < 0.22
 
 
 def continuous(seed=0, steps=1000, **parts):
@@ -315,7 +315,7 @@ def continuous(seed=0, steps=1000, **parts):
 
 @pytest.mark.parametrize("path", ["teacher", "noise"])
 def test_continuous_time_reaches_the_map(path):
-    assert error(continuous(path=path), 0.0) < 0.2
+    assert error(continuous(path=path), 0.0) < {"teacher": 0.14, "noise": 0.22}[path]
 
 
 def mean_flow(seed=0, **parts):
@@ -330,4 +330,4 @@ def mean_flow_error(net):
 
 def test_mean_flow_reaches_the_map():
     # p = 0: with 2 numbers a sample, a power of the noisy square is no longer least squares.
-    assert mean_flow_error(mean_flow()) < 0.15
+    assert mean_flow_error(mean_flow()) < 0.16

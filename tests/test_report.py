@@ -365,7 +365,7 @@ def test_the_averages_that_were_compared_are_a_table_with_one_published() -> Non
 
 
 def test_the_average_of_each_training_is_a_fact() -> None:
-    assert html.render(page()).count("<dt>average</dt><dd>power-0.1</dd>") == 3
+    assert html.render(page()).count("<dt>EMA</dt><dd>power-0.1</dd>") == 3
 
 
 def test_names_in_the_table_of_averages_stay_text() -> None:
