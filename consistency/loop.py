@@ -26,7 +26,7 @@ SMALLEST_SCALE = 2.0**-10  # of fp16's loss: by then it is the network that over
 
 
 class NonFiniteLoss(Exception):
-    """The loss became NaN or infinite; the text says at which step, noise levels and rank."""
+    """The loss or its gradient became NaN or infinite; the text says where: step, sigma, rank."""
 
 
 CPU = torch.device("cpu")
@@ -54,14 +54,16 @@ ALONE = Workers()
 
 @dataclass(frozen=True)
 class StepLog:
-    """After one optimiser step. `loss` is this rank's share of the batch mean, still on device.
+    """After one optimiser step. `loss` is this rank's share of the batch mean, `gradient_norm` that
+    of the whole batch before clipping; both still on the device.
 
-    checked: every loss so far is known to be finite, so the state is worth saving.
+    checked: losses and gradients so far are known to be finite, so the state is worth saving.
     """
 
     images: int
     steps: int
     loss: Tensor
+    gradient_norm: Tensor
     lr: float
     metrics: dict[str, float]
     checked: bool
@@ -119,6 +121,9 @@ def train(
             loss += part.detach()
             metrics = terms.metrics
 
+        norm = state.gradient_norm(config.grad_clip)
+        if config.precision != "fp16":  # whose gradients may overflow: that step is not taken
+            finite.note_gradients(norm, state.steps, state.images)
         checked = (state.steps + 1) % workers.check_every == 0 or state.steps + 1 == config.steps
         if checked:
             finite.raise_if_not()  # before the weights are touched
@@ -131,7 +136,7 @@ def train(
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        if not state.step_optimizer(config.grad_clip):
+        if not state.step_optimizer():
             finite.raise_if_not()  # no scale mends a forward pass
             scale = state.scaler.get_scale()
             if scale < SMALLEST_SCALE:
@@ -149,7 +154,7 @@ def train(
         state.update_averages(config)
         if config.precision == "fp16":
             metrics = {**metrics, "loss_scale": state.scaler.get_scale()}
-        yield StepLog(state.images, state.steps, loss, lr, metrics, checked)
+        yield StepLog(state.images, state.steps, loss, norm, lr, metrics, checked)
 
 
 class _Networks:
@@ -193,31 +198,49 @@ class _Online(nn.Module):
         return output, None if self.head is None or sigma is None else self.head(sigma)
 
 
+LOSS, GRADIENT = 1.0, 2.0
+
+
 @dataclass
 class FiniteCheck:
-    """Remembers on the device the first loss that was not finite; looks when it is asked to."""
+    """Remembers on the device what first was not finite; looks when it is asked to."""
 
     workers: Workers
+    # What is wrong (0: nothing), at which step and images, its value, sigma from and to; float64.
     first: Tensor | None = field(default=None, init=False)
 
     def note(self, loss: Tensor, sigma: Tensor, steps: int, images: int) -> None:
-        loss, (low, high) = loss.detach().double(), sigma.double().aminmax()
-        where = loss.new_full((), images), loss.new_full((), steps)
-        own = torch.stack([(~loss.isfinite()).double(), loss, low, high, *where])
+        self._keep(LOSS, loss, steps, images, *sigma.double().aminmax())
+
+    def note_gradients(self, norm: Tensor, steps: int, images: int) -> None:
+        self._keep(GRADIENT, norm, steps, images, norm, norm)
+
+    def _keep(
+        self, what: float, value: Tensor, steps: int, images: int, low: Tensor, high: Tensor
+    ) -> None:
+        value = value.detach().double()
+        wrong = torch.where(value.isfinite(), 0.0, what)
+        when = value.new_full((), steps), value.new_full((), images)
+        own = torch.stack([wrong.double(), *when, value, low.double(), high.double()])
         self.first = own if self.first is None else torch.where(self.first[0] > 0, self.first, own)
 
     def raise_if_not(self) -> None:
-        """Raise NonFiniteLoss on every rank, naming where the loss was not finite first."""
+        """Raise NonFiniteLoss on every rank, naming what was not finite first, and where."""
         assert self.first is not None
         ranks = [self.first]
         if self.workers.world_size > 1:
             ranks = [torch.empty_like(self.first) for _ in range(self.workers.world_size)]
             dist.all_gather(ranks, self.first)
         seen = enumerate(torch.stack(ranks).tolist())
-        bad = [(steps, rank, *rest) for rank, (is_bad, *rest, steps) in seen if is_bad]
-        if bad:  # the earliest: a step later its gradients have spread to every rank
-            steps, rank, loss, low, high, images = min(bad)
-            raise NonFiniteLoss(
-                f"loss is {loss} at step {steps:.0f} ({images:.0f} images) on rank {rank}; "
-                f"sigma in [{low:.4g}, {high:.4g}]; lower lr, or set grad_clip"
-            )
+        # The earliest step, and there a loss: its gradients spread to every rank.
+        wrong = [(steps, what, rank, *rest) for rank, (what, steps, *rest) in seen if what]
+        if not wrong:
+            return
+        steps, what, rank, images, value, low, high = min(wrong)
+        where = f"at step {steps:.0f} ({images:.0f} images)"
+        if what == GRADIENT:
+            raise NonFiniteLoss(f"the gradient's norm is {value} {where}; lower lr")
+        raise NonFiniteLoss(
+            f"loss is {value} {where} on rank {rank}; "
+            f"sigma in [{low:.4g}, {high:.4g}]; lower lr, or set grad_clip"
+        )

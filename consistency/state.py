@@ -58,13 +58,19 @@ class TrainState:
         trained = [*net.parameters()] + ([] if head is None else [*head.parameters()])
         return cls(net, target, head, averages, make_optimizer(trained, config), scaler)
 
-    def step_optimizer(self, grad_clip: float) -> bool:
-        """Unscale, clip, step; whether it was taken. Only fp16 refuses one: its scaled gradients
-        overflowed, the scale is lowered and nothing else moves."""
+    def gradient_norm(self, clip: float) -> Tensor:
+        """Global norm of the gradients, unscaled; they are then scaled down to `clip` if above it
+        (0: never). On the device; of fp16 it may be infinite, which is no error."""
         self.scaler.unscale_(self.optimizer)
-        if grad_clip > 0:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, grad_clip)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        return norm
+
+    def step_optimizer(self) -> bool:
+        """Step; whether it was taken. Only fp16 refuses one: its scaled gradients overflowed, the
+        scale is lowered and nothing else moves."""
         self.scaler.step(self.optimizer)
         before = self.scaler.get_scale()
         self.scaler.update()

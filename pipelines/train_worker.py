@@ -256,6 +256,7 @@ class _Clock:
             "images": log.images,
             "loss": loss,
             "images_per_second": round(rate, 2),
+            "gradient_norm": log.gradient_norm.item(),
             "lr": log.lr,
             "seconds": round(self.train_seconds, 3),
             **log.metrics,

@@ -94,6 +94,7 @@ KINDS = {
         init="teacher",
         path="teacher",
         tangent_warmup_images=24,
+        prior_weight="inverse_sigma",
         guidance=1.5,
     ),
     "sct": SCMConfig(

@@ -211,14 +211,14 @@ def test_denoising_reaches_the_map_through_the_ode():
     assert rms(integrated(Denoiser(denoiser(), NOISE.sigma_data), z, 40) - exact) < 0.07
 
 
-def distilled(seed=0, **parts):
+def distilled(seed=0):
     config = ConsistencyConfig(
         method="cd",
         init="teacher",
         pairs=UniformPairs(levels=ConstantLevels(N=18)),
         path="heun",
         distance="squared_l2",
-        **{**common(1200), **parts},
+        **common(1200),
     )
     return trained(config, seed, ExactNetwork(), denoiser(seed))
 
@@ -318,8 +318,8 @@ def test_continuous_time_reaches_the_map(path):
     assert error(continuous(path=path), 0.0) < {"teacher": 0.14, "noise": 0.22}[path]
 
 
-def mean_flow(seed=0, **parts):
-    return trained(MeanFlowConfig(method="mean_flow", power=0.0, **common(1200), **parts), seed)
+def mean_flow(seed=0):
+    return trained(MeanFlowConfig(method="mean_flow", power=0.0, **common(1200)), seed)
 
 
 def mean_flow_error(net):

@@ -91,10 +91,10 @@ LOGNORMAL = {"P_mean": 0.0, "P_std": 0.5, "levels": ConstantLevels(N=3)}
 
 @lru_cache
 def gradients(config):
-    """Of the first step; of the second where the target has to move away first."""
+    """Of the second step: a target and a loss weight have moved away by then."""
     stage = fresh(replace(config, warmup_images=0))
     steps = run(stage)
-    for _ in range(2 if isinstance(getattr(config, "target", None), TargetEMA) else 1):
+    for _ in range(2):
         next(steps)
     return [parameter.grad.clone() for parameter in stage.state.net.parameters()]
 
