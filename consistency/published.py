@@ -184,7 +184,8 @@ class PublishedModel:
         """Images [n, H, W, C] uint8; row j depends on seed, indices[j] and the settings alone.
 
         levels: other noise levels (times, of a MeanFlow) than those of `steps`. guidance and churn
-        are a denoiser's. Raises ValueError for what this model cannot do.
+        are a denoiser's; churn needs two steps, as one is D itself. Raises ValueError for what this
+        model cannot do.
         """
         if steps < 1:
             raise ValueError(f"steps: {steps} must be at least 1")

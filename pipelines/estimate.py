@@ -31,8 +31,8 @@ USABLE = 0.9  # of a device's memory: the rest is for the framework, buffers and
 
 STUDENT = 3  # forward and backward, in forward passes
 # A forward-mode derivative beside the value: every product once plain, once with the tangent of its
-# input and once with that of the weight, which torch fills with zeros (tests count it).
-JVP = 3
+# input (tests count it).
+JVP = 2
 
 
 @dataclass(frozen=True)
