@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -565,9 +565,17 @@ def test_a_lost_worker_exits_1(addresses, capsys, monkeypatch):
     assert "shard      retry  node died" in captured.out
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT as in a terminal: processes that a shell starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_exits_130(
-    addresses, capsys, monkeypatch, number
+    addresses, capsys, monkeypatch, number, interrupts
 ):
     class Interrupted(InProcess):
         def wait(self, handles: Sequence[int], timeout: float) -> list[int]:

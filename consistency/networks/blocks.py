@@ -58,9 +58,9 @@ class Init:
         return conv
 
     def linear(self, n_in: int, n_out: int, gain: float = 1.0) -> nn.Linear:
-        linear = nn.Linear(n_in, n_out, device="meta")
-        self._fill(linear.to_empty(device=torch.get_default_device()), gain)
-        return linear
+        layer = Linear(n_in, n_out, device="meta")
+        self._fill(layer.to_empty(device=torch.get_default_device()), gain)
+        return layer
 
     def normal(self, *shape: int) -> Tensor:
         """Independent standard normal values."""
@@ -175,17 +175,18 @@ class Block(nn.Module):
         assert self.qkv.bias is not None
         bias = self.qkv.bias.view(c, 3).t().reshape(-1)
         tokens = self.norm2(x).flatten(2).transpose(1, 2)  # [B, s*s, C]
-        qkv = F.linear(tokens, weight, bias).reshape(*tokens.shape[:2], 3, self.heads, -1)
+        qkv = linear(tokens, weight, bias).reshape(*tokens.shape[:2], 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, s*s, C / heads]
         a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        a = F.linear(a, self.proj.weight.view(c, c), self.proj.bias)
+        a = linear(a, self.proj.weight.view(c, c), self.proj.bias)
         return a.transpose(1, 2).reshape(x.shape)
 
 
-class Conv2d(nn.Conv2d):
-    """Its own forward-mode rule: torch's also multiplies the zero tangents of the weights, which
-    makes a product cost three passes instead of two."""
+# Linear maps have forward-mode rules of their own: torch's also multiply the zero tangents of the
+# weights, which makes a product cost three passes instead of two.
 
+
+class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         x, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
         y = super().forward(x)
@@ -194,6 +195,21 @@ class Conv2d(nn.Conv2d):
         moved = F.conv2d(tangent, self.weight, padding=self.padding)
         dual: Tensor = forward_ad.make_dual(y, moved)  # type: ignore[no-untyped-call]
         return dual
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear."""
+    x, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+    y = F.linear(x, weight, bias)
+    if tangent is None:
+        return y
+    dual: Tensor = forward_ad.make_dual(y, F.linear(tangent, weight))  # type: ignore[no-untyped-call]
+    return dual
 
 
 class GroupNorm(nn.GroupNorm):
