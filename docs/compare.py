@@ -113,7 +113,10 @@ class Comparison:
         self.net: FeatureNet = train_feature_net(
             self.images, self.labels, len(self.class_names), steps=300, seed=0
         )
-        self.reference = GaussianStats.from_features(extract(self.net, self.images))
+        features = extract(self.net, self.images)
+        self.reference = GaussianStats.from_features(features)
+        halves = [GaussianStats.from_features(features[n::2]) for n in (0, 1)]
+        self.results["halves_percent"] = round(relative_frechet_percent(*halves), 3)
         self.weights: dict[tuple[str, int], dict[str, torch.Tensor]] = {}
 
     def calibrate(self) -> None:
