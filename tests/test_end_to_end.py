@@ -210,6 +210,8 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_leaves_no_process(tmp_path):
             stderr=log,
             env=environment(),
             start_new_session=True,
+            # As in a terminal: what a shell starts in the background ignores Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         end = time.monotonic() + DEADLINE
         while not started(tmp_path / "space", "teacher"):
