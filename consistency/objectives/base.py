@@ -69,3 +69,8 @@ class Objective(Protocol):
     def loss_weight(self) -> nn.Module | None:
         """A fresh head u(sigma) [b] -> [b] to be trained along (`weighting`), or None."""
         ...
+
+
+def column(per_sample: Tensor) -> Tensor:
+    """[b] -> [b, 1, 1, 1], to multiply images sample by sample."""
+    return per_sample.view(-1, 1, 1, 1)

@@ -21,7 +21,7 @@ from consistency.method_config import (
     TargetEMA,
     UniformPairs,
 )
-from consistency.objectives.base import Function, LossTerms, Nets, Progress
+from consistency.objectives.base import Function, LossTerms, Nets, Progress, column
 from consistency.objectives.distance import Distance
 from consistency.objectives.dropout import same_dropout
 from consistency.objectives.pairs import Pairs, draw_pairs, num_levels
@@ -66,7 +66,7 @@ class ConsistencyObjective:
     ) -> LossTerms:
         pairs = draw_pairs(self.pairs, self.noise, progress, random)
         z = random.normal(*batch.images.shape[1:])
-        x_t = batch.images + _column(pairs.t) * z
+        x_t = batch.images + column(pairs.t) * z
         x_r = self._step_down(nets, batch, pairs, x_t, z)
         with same_dropout(x_t.device) as rewind:
             online = nets.online(x_t, pairs.t, batch.labels)
@@ -102,7 +102,7 @@ class ConsistencyObjective:
     def _step_down(self, nets: Nets, batch: Batch, pairs: Pairs, x_t: Tensor, z: Tensor) -> Tensor:
         """x_r: the same noise (CT), or one step of the teacher's probability-flow ODE (CD)."""
         if self.path == "noise":
-            return batch.images + _column(pairs.r) * z
+            return batch.images + column(pairs.r) * z
         teacher = nets.teacher
         assert teacher is not None, "the path needs a teacher"
         solver = heun_step if self.path == "heun" else euler_step
@@ -122,8 +122,4 @@ def consistency_target(
     inside = r > boundary
     # Rows at the boundary need some level that the network can stand; their output is not used.
     level = torch.where(inside, r, max(boundary, 1e-3))
-    return torch.where(_column(inside), function(x_r, level, labels), x_r)
-
-
-def _column(sigma: Tensor) -> Tensor:
-    return sigma.view(-1, 1, 1, 1)
+    return torch.where(column(inside), function(x_r, level, labels), x_r)

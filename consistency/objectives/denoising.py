@@ -8,7 +8,7 @@ from torch import nn
 from consistency.config import NoiseConfig, TeacherConfig
 from consistency.data import Batch
 from consistency.distances import squared_l2
-from consistency.objectives.base import Function, LossTerms, Nets, Progress
+from consistency.objectives.base import Function, LossTerms, Nets, Progress, column
 from consistency.objectives.labels import drop_labels
 from consistency.objectives.weighting import LossWeight, balanced
 from consistency.parameterization import Denoiser
@@ -39,7 +39,7 @@ class DenoisingObjective:
     ) -> LossTerms:
         x0 = batch.images
         sigma = torch.exp(self.P_mean + self.P_std * random.normal())
-        x = x0 + sigma.view(-1, 1, 1, 1) * random.normal(*x0.shape[1:])
+        x = x0 + column(sigma) * random.normal(*x0.shape[1:])
         labels = drop_labels(batch.labels, self.label_dropout, random)
         weight = edm_weight(sigma, self.noise.sigma_data)
         if nets.weighted is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from consistency.data import Batch
 from consistency.method_config import MeanFlowConfig, SeparateTimes, SharedTimes
-from consistency.objectives.base import Function, LossTerms, Nets, Progress
+from consistency.objectives.base import Function, LossTerms, Nets, Progress, column
 from consistency.objectives.dropout import same_dropout
 from consistency.objectives.jvp import directional_derivative
 from consistency.objectives.labels import drop_labels
@@ -49,7 +49,7 @@ class MeanFlowObjective:
         x0 = batch.images
         t, r = draw_times(self.times, self.apart, random)
         e = random.normal(*x0.shape[1:])
-        z = (1 - _column(t)) * x0 + _column(t) * e
+        z = (1 - column(t)) * x0 + column(t) * e
         labels = drop_labels(batch.labels, self.label_dropout, random)
         gap = t - r
         with same_dropout(x0.device) as rewind:
@@ -89,12 +89,12 @@ class MeanFlowObjective:
         unconditional = nets.detached(z, t, zero, null)
         conditional = nets.detached(z, t, zero, labels)
         mixed = self.guidance * v + (1 - self.guidance - self.kappa) * unconditional
-        return torch.where(_column(labels >= 0), mixed + self.kappa * conditional, v)
+        return torch.where(column(labels >= 0), mixed + self.kappa * conditional, v)
 
 
 def mean_flow_target(v: Tensor, du: Tensor, gap: Tensor) -> Tensor:
     """v - (t - r) du/dt, like v; gap = t - r [b]."""
-    return v - _column(gap) * du
+    return v - column(gap) * du
 
 
 def power_loss(squares: Tensor, p: float, c: float) -> Tensor:
@@ -115,7 +115,3 @@ def draw_times(
             b = torch.sigmoid(r_mean + r_std * random.normal())
     t, r = torch.maximum(a, b), torch.minimum(a, b)
     return t, torch.where(random.row() < round(apart * random.total), r, t)
-
-
-def _column(per_sample: Tensor) -> Tensor:
-    return per_sample.view(-1, 1, 1, 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from consistency.config import NoiseConfig
 from consistency.data import Batch
 from consistency.method_config import SCMConfig
-from consistency.objectives.base import Function, LossTerms, Nets, Progress
+from consistency.objectives.base import Function, LossTerms, Nets, Progress, column
 from consistency.objectives.dropout import same_dropout
 from consistency.objectives.jvp import directional_derivative
 from consistency.objectives.weighting import LossWeight, balanced
@@ -64,7 +64,7 @@ class SCMObjective:
         sigma = torch.exp(self.P_mean + self.P_std * random.normal())
         z = sigma_data * random.normal(*x0.shape[1:])
         t = sigma_to_angle(sigma, sigma_data)
-        cos, sin = _column(t.cos()), _column(t.sin())
+        cos, sin = column(t.cos()), column(t.sin())
         x_t = cos * x0 + sin * z
         u, c_noise = x_t / sigma_data, noise_label(sigma, sigma_data, self.noise.c_noise)
         v = cos * z - sin * x0
@@ -124,7 +124,7 @@ def scm_tangent(
     v = dx_t/dt; F_dot = cos(t) sin(t) dF/dt; rho in [0, 1] is the tangent warm-up. The factor
     cos(t) is the prior weight 1 / (sd tan t) times df/dF = -sin(t) sd (Sec. 4.2).
     """
-    cos, sin = _column(t.cos()), _column(t.sin())
+    cos, sin = column(t.cos()), column(t.sin())
     return -(cos**2) * (sigma_data * F - v) - rho * (cos * sin * x_t + sigma_data * F_dot)
 
 
@@ -133,13 +133,9 @@ def normalize_tangent(g: Tensor, c: float = 0.1, norm: Literal["l2", "rms"] = "l
     length = g.flatten(1).norm(dim=1)
     if norm == "rms":
         length = length / g[0].numel() ** 0.5
-    return g / (_column(length) + c)
+    return g / (column(length) + c)
 
 
 def label_rate(t: Tensor, c_noise: NoiseLabel) -> Tensor:
     """cos(t) sin(t) d c_noise/dt: cos(t) sin(t) for the angle, 1/4 for ln(sigma) / 4."""
     return t.cos() * t.sin() if c_noise == "angle" else torch.full_like(t, 0.25)
-
-
-def _column(per_sample: Tensor) -> Tensor:
-    return per_sample.view(-1, 1, 1, 1)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from consistency.config import NoiseConfig
 from consistency.data import Batch
 from consistency.method_config import TruncateConfig
-from consistency.objectives.base import Function, LossTerms, Nets, Progress
+from consistency.objectives.base import Function, LossTerms, Nets, Progress, column
 from consistency.objectives.consistency import consistency_target
 from consistency.objectives.distance import Distance
 from consistency.objectives.dropout import same_dropout
@@ -74,14 +74,14 @@ class TruncatedObjective:
         t = torch.where(at_boundary, self.sigma_prime, t)
         r = ect_r(t, self.stage, self.q, self.k, self.b, self.max_ratio)
         z = random.normal(*batch.images.shape[1:])
-        x_t, x_r = batch.images + _column(t) * z, batch.images + _column(r) * z
+        x_t, x_r = batch.images + column(t) * z, batch.images + column(r) * z
         assert nets.teacher is not None, "the second stage needs the first"
         with same_dropout(x_t.device) as rewind:
             online = nets.online(x_t, t, batch.labels)
             rewind()
             own = consistency_target(nets.detached, x_r, r, batch.labels, self.boundary)
         frozen = consistency_target(nets.teacher, x_r, r, batch.labels, self.boundary)
-        target = torch.where(_column(r >= self.sigma_prime), own, frozen)
+        target = torch.where(column(r >= self.sigma_prime), own, frozen)
         loss = pair_weight(self.weight, t, r, self.noise.sigma_data) * self.distance(online, target)
         # Two means over parts of the batch, written as one mean over all of it.
         share = torch.where(
@@ -102,7 +102,3 @@ class TruncatedObjective:
 
     def loss_weight(self) -> nn.Module | None:
         return None
-
-
-def _column(per_sample: Tensor) -> Tensor:
-    return per_sample.view(-1, 1, 1, 1)
