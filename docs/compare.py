@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from consistency.data import ImageStream
-from consistency.features import FeatureNet, accuracy, extract, train_feature_net
-from consistency.frechet import GaussianStats, relative_frechet_percent
+from consistency.evaluation.domain import FeatureNet, accuracy, extract, train_feature_net
+from consistency.evaluation.frechet import GaussianStats, relative_frechet_percent
 from consistency.loop import train
 from consistency.stage import Stage, begin, describe, finish
 from infra import sources

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from consistency.config import NetworkConfig, NoiseConfig, PowerEMA, TeacherConfig, TrainConfig
 from consistency.data import ImageStream
-from consistency.features import extract, train_feature_net
-from consistency.frechet import GaussianStats, relative_frechet_percent
+from consistency.evaluation.domain import extract, train_feature_net
+from consistency.evaluation.frechet import GaussianStats, relative_frechet_percent
 from consistency.loop import Workers, train
 from consistency.method_config import (
     ConsistencyConfig,

@@ -29,8 +29,8 @@ class Yardstick:
         from safetensors.numpy import load_file as load_arrays
         from safetensors.torch import load_file
 
-        from consistency.features import feature_net_for
-        from consistency.frechet import GaussianStats
+        from consistency.evaluation.domain import feature_net_for
+        from consistency.evaluation.frechet import GaussianStats
 
         about = shard.value
         self.net = feature_net_for(
@@ -48,8 +48,8 @@ class Yardstick:
 
         `sampling` are `PublishedModel.generate`'s arguments: steps, seed, ...
         """
-        from consistency.features import accuracy, extract
-        from consistency.frechet import (
+        from consistency.evaluation.domain import accuracy, extract
+        from consistency.evaluation.frechet import (
             GaussianStats,
             frechet_distance,
             relative_frechet_percent,

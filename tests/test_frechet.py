@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consistency.frechet import GaussianStats, frechet_distance, relative_frechet_percent
+from consistency.evaluation.frechet import GaussianStats, frechet_distance, relative_frechet_percent
 
 
 def features(n, dim, seed=0, scale=1.0, shift=0.0):

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
-from consistency.features import extract, feature_net_for
-from consistency.frechet import GaussianStats
+from consistency.evaluation.domain import extract, feature_net_for
+from consistency.evaluation.frechet import GaussianStats
 from infra import shards, sources
 from pipelines.artifacts import ReferenceStats, from_json, to_json
 from pipelines.recipe import ReferenceConfig

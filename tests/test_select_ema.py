@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from consistency import published
 from consistency.config import NetworkConfig, NoiseConfig, PowerEMA, TeacherConfig
 from consistency.ema import ema_update_, gamma_from_sigma_rel, power_beta
-from consistency.features import extract, feature_net_for
-from consistency.frechet import GaussianStats
+from consistency.evaluation.domain import extract, feature_net_for
+from consistency.evaluation.frechet import GaussianStats
 from pipelines import yardstick
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel, content_of
 from pipelines.dag import StepContext

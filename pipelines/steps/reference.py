@@ -17,8 +17,8 @@ def run(ctx: StepContext, config: ReferenceConfig, shard: Committed[ShardSet]) -
     from safetensors.numpy import save_file as save_arrays
     from safetensors.torch import save_file
 
-    from consistency.features import accuracy, extract, train_feature_net
-    from consistency.frechet import GaussianStats, relative_frechet_percent
+    from consistency.evaluation.domain import accuracy, extract, train_feature_net
+    from consistency.evaluation.frechet import GaussianStats, relative_frechet_percent
     from pipelines import shard_data
 
     torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from consistency.features import (
+from consistency.evaluation.domain import (
     FeatureNet,
     accuracy,
     extract,
