@@ -40,6 +40,46 @@ class ModelDescription:
         """Classes the network is conditioned on; 0 when unconditional."""
         return len(self.class_names) if self.network.class_conditional else 0
 
+    def sigmas(self, steps: int) -> list[float]:
+        """The noise levels of a `steps`-step consistency sample, descending from sigma_max.
+
+        Two steps use `mid_sigma`; more steps take the Karras grid between sigma_max and the lowest
+        level the model knows (sigma_min excluded). No level lies below `lowest_sigma`.
+        """
+        noise, lowest = self.noise, self.lowest_sigma
+        if steps == 1:
+            return [noise.sigma_max]
+        if steps == 2:
+            return [noise.sigma_max, max(self.mid_sigma, lowest)]
+        if lowest > 0:
+            grid = karras_sigmas(steps, lowest, noise.sigma_max, noise.rho)
+            return [float(s) for s in grid.flip(0)]
+        grid = karras_sigmas(steps + 1, noise.sigma_min, noise.sigma_max, noise.rho)
+        return [float(s) for s in grid.flip(0)[:-1]]
+
+    def times(self, steps: int) -> list[float]:
+        """The times of a `steps`-step MeanFlow sample, descending from 1.
+
+        Two steps pass through t = sigma / (1 + sigma) of `mid_sigma`, more are equally long.
+        """
+        if steps == 2:
+            return [1.0, self.mid_sigma / (1 + self.mid_sigma)]
+        return [1 - step / steps for step in range(steps)]
+
+    @property
+    def sampler(self) -> str:
+        return {"denoiser": "heun", "consistency": "multistep", "mean_flow": "mean_flow"}[self.kind]
+
+    def levels(self, steps: int) -> list[float]:
+        """Where a sampler evaluates the network: sigmas, or MeanFlow's times; [] for Heun."""
+        if self.kind == "denoiser":
+            return []
+        return self.times(steps) if self.kind == "mean_flow" else self.sigmas(steps)
+
+    def evaluations(self, steps: int) -> int:
+        """Network calls per image (guidance doubles them)."""
+        return 2 * steps - 1 if self.kind == "denoiser" else steps
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
@@ -118,48 +158,6 @@ class PublishedModel:
     description: ModelDescription
     function: Denoiser | ConsistencyFunction | MeanVelocity
 
-    def sigmas(self, steps: int) -> list[float]:
-        """The noise levels of a `steps`-step consistency sample, descending from sigma_max.
-
-        Two steps use `mid_sigma`; more steps take the Karras grid between sigma_max and the lowest
-        level the model knows (sigma_min excluded). No level lies below `lowest_sigma`.
-        """
-        noise, lowest = self.description.noise, self.description.lowest_sigma
-        if steps == 1:
-            return [noise.sigma_max]
-        if steps == 2:
-            return [noise.sigma_max, max(self.description.mid_sigma, lowest)]
-        if lowest > 0:
-            grid = karras_sigmas(steps, lowest, noise.sigma_max, noise.rho)
-            return [float(s) for s in grid.flip(0)]
-        grid = karras_sigmas(steps + 1, noise.sigma_min, noise.sigma_max, noise.rho)
-        return [float(s) for s in grid.flip(0)[:-1]]
-
-    def times(self, steps: int) -> list[float]:
-        """The times of a `steps`-step MeanFlow sample, descending from 1.
-
-        Two steps pass through t = sigma / (1 + sigma) of `mid_sigma`, more are equally long.
-        """
-        if steps == 2:
-            return [1.0, self.description.mid_sigma / (1 + self.description.mid_sigma)]
-        return [1 - step / steps for step in range(steps)]
-
-    @property
-    def sampler(self) -> str:
-        return {"denoiser": "heun", "consistency": "multistep", "mean_flow": "mean_flow"}[
-            self.description.kind
-        ]
-
-    def levels(self, steps: int) -> list[float]:
-        """Where a sampler evaluates the network: sigmas, or MeanFlow's times; [] for Heun."""
-        if self.description.kind == "denoiser":
-            return []
-        return self.times(steps) if self.description.kind == "mean_flow" else self.sigmas(steps)
-
-    def evaluations(self, steps: int) -> int:
-        """Network calls per image (guidance doubles them)."""
-        return 2 * steps - 1 if self.description.kind == "denoiser" else steps
-
     def labels(self, indices: Sequence[int], label: int | None = None) -> Tensor | None:
         """Class of each sample: the one asked for, else sample i gets class i mod num_classes."""
         classes = self.description.num_classes
@@ -231,7 +229,7 @@ class PublishedModel:
         def draw(number: int) -> Tensor:
             return sampling.sample_noise(seed, indices, shape, draw=number, device=device)
 
-        levels = self.levels(steps) if levels is None else levels
+        levels = about.levels(steps) if levels is None else levels
         if isinstance(self.function, MeanVelocity):
             return sampling.sample_mean_flow(self.function, draw, levels, labels)
         if about.kind == "consistency":

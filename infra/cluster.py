@@ -4,6 +4,7 @@ The surface is kept small on purpose (init, remote, wait, get, cancel, TorchTrai
 more than it keeps. Import this module only when something must run; it costs a second.
 """
 
+import heapq
 import logging
 import os
 import secrets
@@ -145,6 +146,119 @@ def train_workers(
         for cause in causes.values():
             raise _original(cause) from error
         raise
+
+
+def map_on_actors(
+    make: Callable[[], Callable[[Any], Any]],
+    items: Sequence[Any],
+    *,
+    actors: int,
+    cpus: float,
+    gpus: float,
+) -> Iterator[tuple[int, Any]]:
+    """(index, `make()(item)`) of each item, as they come, each once; `make` runs once per actor.
+
+    At most `actors` of them, fewer while the cluster has no room. An actor that is lost is replaced
+    and its items are given out again; one item that takes MAX_LOSSES actors with it ends the map
+    with WorkerLost. What the function raises is raised here. Results run ahead of the lowest open
+    item by a few per actor only, so a caller who merges in order holds no more than that.
+    """
+    queue = _Items(len(items), ahead=AHEAD * actors)
+    remote = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=gpus)
+    starting: dict[Any, Any] = {}  # ref of readiness -> actor
+    running: dict[Any, tuple[Any, int]] = {}  # ref of a result -> actor, item
+    idle: list[Any] = []
+    living: list[Any] = []
+
+    def start() -> None:
+        actor = remote.remote(make)
+        living.append(actor)
+        starting[actor.ready.remote()] = actor
+
+    try:
+        for _ in range(min(actors, len(items))):
+            start()
+        while queue.open():
+            while idle and (index := queue.take()) is not None:
+                actor = idle.pop()
+                running[actor.run.remote(items[index])] = (actor, index)
+            done, _ = ray.wait([*starting, *running], num_returns=1)
+            for ref in done:
+                if ref in starting:
+                    actor, lost = starting.pop(ref), None
+                else:
+                    actor, lost = running.pop(ref)
+                try:
+                    result = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    raise _original(error) from None
+                except ray.exceptions.RayError as error:
+                    living.remove(actor)
+                    queue.lost(lost, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                    start()
+                else:
+                    idle.append(actor)
+                    if lost is not None and queue.finish(lost):
+                        yield lost, result
+    finally:
+        for actor in living:
+            ray.kill(actor)
+
+
+AHEAD = 4  # items per actor that may be done before the lowest open one
+MAX_LOSSES = 3
+
+
+class _Actor:
+    """One process of `map_on_actors`."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]]) -> None:
+        self.make = make
+        self.work: Callable[[Any], Any] | None = None
+
+    def ready(self) -> None:
+        """Answers when the actor runs."""
+
+    def run(self, item: Any) -> Any:
+        if self.work is None:  # here and not at the start, where Ray would wrap what it raises
+            self.work = self.make()
+        return self.work(item)
+
+
+class _Items:
+    """Which items are open, given out, or done; lost ones are given out again, lowest first."""
+
+    def __init__(self, count: int, ahead: int) -> None:
+        self._waiting = list(range(count))  # a heap
+        self._open = set(range(count))
+        self._lowest, self._ahead = 0, ahead
+        self._losses: dict[int | None, int] = {}
+
+    def open(self) -> bool:
+        return bool(self._open)
+
+    def take(self) -> int | None:
+        """The next item, unless results would run too far ahead."""
+        if not self._waiting or self._waiting[0] >= self._lowest + self._ahead:
+            return None
+        return heapq.heappop(self._waiting)
+
+    def finish(self, index: int) -> bool:
+        """Whether this is the first result of that item."""
+        if index not in self._open:
+            return False
+        self._open.remove(index)
+        self._lowest = min(self._open, default=index)
+        return True
+
+    def lost(self, index: int | None, why: str) -> None:
+        """An actor died with that item, or (None) before it had one."""
+        self._losses[index] = self._losses.get(index, 0) + 1
+        if self._losses[index] >= MAX_LOSSES:
+            what = "before their first item" if index is None else f"at item {index}"
+            raise WorkerLost(f"{MAX_LOSSES} evaluators died {what}; the last one: {why}")
+        if index in self._open:
+            heapq.heappush(self._waiting, index)
 
 
 def _original(error: BaseException) -> BaseException:

@@ -5,18 +5,20 @@ Every call may be the last one before a crash; the next attempt takes up what it
 imported inside functions only (seconds).
 """
 
+import json
 import math
 import sqlite3
 import tempfile
 import warnings
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from infra import storage, tracking
+from infra.gate import Decision, Measurement, Outcome, Rule, Standing, decide
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,9 +26,17 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 DIGEST_TAG = "cmforge.digest"
-DISTANCE_TAG = "cmforge.distance"
-EVAL_TAG = "cmforge.eval_digest"
-DECISION_TAG = "cmforge.decision"
+METRIC_TAG = "cmforge.metric"
+UNIT_TAG = "cmforge.unit"
+VALUES_TAG = "cmforge.values"  # JSON, one per seed block; blank while the others change
+PROTOCOL_TAG = "cmforge.protocol"  # JSON
+SECONDARY_TAG = "cmforge.secondary"  # JSON
+GATE_TAG = "cmforge.gate"  # "fid" or "proxy": what kind of number decided
+OUTCOME_TAG = "cmforge.outcome"
+DECISION_TAG = "cmforge.decision"  # why, in a sentence
+
+CHALLENGER = "challenger"  # alias of the version that came close last
+RECORD = "decision.json"  # artifact of the run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,58 +53,16 @@ class ModelPackage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What the gate compares. `distance` in percent, lower is better; None when not recorded."""
-
-    version: int
-    distance: float | None
-    eval_digest: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Registration:
     """Where a model stands after `register_model`."""
 
     version: int
-    holds_alias: bool
-    decision: str
+    outcome: Outcome
+    decision: str  # the reason of the outcome
 
-
-def decide(
-    candidate: Standing, champion: Standing | None, alias: str, bound: float | None
-) -> tuple[bool, str]:
-    """The gate: does `candidate` hold `alias` from now on, and why.
-
-    The gate gives the alias and never takes it away without a successor: a champion that was
-    evaluated anew and fails the absolute checks keeps it, and the text says so.
-    """
-    distance = math.nan if candidate.distance is None else candidate.distance
-    mine, version = f"{distance:.2f} %", f"version {candidate.version}"
-    holds = champion is not None and champion.version == candidate.version
-    failed = None
-    if not math.isfinite(distance):
-        failed = "its distance is not finite"
-    elif bound is not None and distance > bound:
-        failed = f"{mine} is above max_distance {bound:g} %"
-    if failed and holds:
-        return True, f"{version} is still {alias}, which nothing replaces, although {failed}"
-    if failed:
-        return False, f"{version} gets no alias: {failed}"
-    if holds:
-        return True, f"{version} already is {alias} ({mine})"
-    if champion is None:
-        return True, f"{version} is {alias}: the first one ({mine})"
-    holder = f"version {champion.version}"
-    if champion.distance is None:
-        return False, f"{holder} stays {alias}: it has no recorded distance to compare with"
-    if champion.eval_digest != candidate.eval_digest:
-        return False, (
-            f"{holder} stays {alias}: it was evaluated in another way, "
-            f"{mine} cannot be compared with its {champion.distance:.2f} %"
-        )
-    if distance < champion.distance:
-        return True, f"{version} is {alias}: {mine} beats {champion.distance:.2f} % of {holder}"
-    return False, f"{holder} stays {alias}: {mine} does not beat its {champion.distance:.2f} %"
+    @property
+    def holds_alias(self) -> bool:
+        return self.outcome == "champion"
 
 
 def register_model(
@@ -106,49 +74,60 @@ def register_model(
     name: str,
     alias: str,
     digest: str,
-    distance: float,
-    eval_digest: str,
-    max_distance: float | None,
+    measurement: Measurement,
+    rule: Rule,
     package: ModelPackage,
     tags: Mapping[str, str],
     metrics: Mapping[str, float],
 ) -> Registration:
     """One READY LoggedModel and one version per `digest`, whatever earlier attempts left behind.
 
-    Call it from one process per registry: setting an alias is not compare-and-swap. Raises
-    UserError as `tracking.experiment_id` does.
+    A champion takes `alias`, a challenger the alias "challenger". Call it from one process per
+    registry: setting an alias is not compare-and-swap. Raises UserError as
+    `tracking.experiment_id` does.
     """
     client = tracking.connect(uri)
     import mlflow
 
     mlflow.set_tracking_uri(uri)  # a sql registry looks `models:/` up there, not at its own (3.17)
     experiment_id = tracking.experiment_id(client, uri, experiment, artifact_root)
-    standing = {DISTANCE_TAG: repr(distance), EVAL_TAG: eval_digest}
-    every_tag = {**tags, DIGEST_TAG: digest, **standing}
+    model_tags = {**tags, DIGEST_TAG: digest}
+    measured = _measured_tags(measurement)
 
     version = next(iter(_versions(client, name, digest)), None)
     if version is None or not _has_files(client, _model_id(version)):
-        model = _log_model(client, experiment_id, run_id, name, package, every_tag, metrics)
+        model = _log_model(client, experiment_id, run_id, name, package, model_tags, metrics)
         if version is not None and _model_id(version) != model.model_id:
             client.delete_model_version(name, str(version.version))  # it can never load again
             version = None
         if version is None:
+            every_tag = {**model_tags, **measured}
             version = _create_version(client, name, model.model_id, run_id, package.card, every_tag)
-    number = int(version.version)
-    if any(version.tags.get(key) != value for key, value in standing.items()):
-        # Evaluated anew. In between, no distance: it can never be read under the wrong protocol.
-        client.set_model_version_tag(name, str(number), DISTANCE_TAG, "")
-        client.set_model_version_tag(name, str(number), EVAL_TAG, eval_digest)
-        client.set_model_version_tag(name, str(number), DISTANCE_TAG, repr(distance))
+    number = str(version.version)
+    if any(version.tags.get(key) != value for key, value in measured.items()):
+        # Evaluated anew. In between, no values: they can never be read under the wrong protocol,
+        # nor the old decision beside the new values.
+        blank = dict.fromkeys((VALUES_TAG, OUTCOME_TAG, DECISION_TAG), "")
+        for key, value in (*blank.items(), *measured.items()):
+            client.set_model_version_tag(name, number, key, value)
 
-    champion = client.get_registered_model(name).aliases.get(alias)
-    candidate = Standing(version=number, distance=distance, eval_digest=eval_digest)
-    holder = None if champion is None else _standing(client, name, int(champion))
-    holds, decision = decide(candidate, holder, alias, max_distance)
-    if holds and (holder is None or holder.version != number):
-        client.set_registered_model_alias(name, alias, str(number))
-    client.set_model_version_tag(name, str(number), DECISION_TAG, decision)
-    return Registration(version=number, holds_alias=holds, decision=decision)
+    aliases = client.get_registered_model(name).aliases
+    candidate, outcome_before = _standing(client, name, number)
+    champion = _standing(client, name, aliases[alias])[0] if alias in aliases else None
+    decision = decide(candidate, champion, rule, model=name, alias=alias)
+    # What gave a version its alias stays on record when the same run comes by again.
+    if not (
+        champion is not None
+        and champion.version == candidate.version
+        and outcome_before == decision.outcome
+        and any(file.path == RECORD for file in client.list_artifacts(run_id))
+    ):
+        record = _record(name, alias, rule, candidate, champion, decision)
+        client.log_text(run_id, record, RECORD)  # stored before any alias moves
+        client.set_model_version_tag(name, number, DECISION_TAG, decision.reason)
+        client.set_model_version_tag(name, number, OUTCOME_TAG, decision.outcome)
+    _move_aliases(client, name, alias, number, decision.outcome, aliases)
+    return Registration(version=int(number), outcome=decision.outcome, decision=decision.reason)
 
 
 def verify_registered(uri: str, name: str, version: int, digest: str) -> bool:
@@ -206,14 +185,94 @@ def _has_files(client: "MlflowClient", model_id: str) -> bool:
     return any(file.path == "MLmodel" for file in files)
 
 
-def _standing(client: "MlflowClient", name: str, version: int) -> Standing:
-    tags = client.get_model_version(name, str(version)).tags
-    distance = tags.get(DISTANCE_TAG, "")
-    return Standing(
-        version=version,
-        distance=float(distance) if distance else None,
-        eval_digest=tags.get(EVAL_TAG, ""),
+def _measured_tags(measurement: Measurement) -> dict[str, str]:
+    """The values come last: in this order they are never written beside another protocol."""
+    plain = _plain(measurement)
+    return {
+        METRIC_TAG: measurement.name,
+        UNIT_TAG: measurement.unit,
+        GATE_TAG: "proxy" if measurement.is_proxy else "fid",
+        PROTOCOL_TAG: json.dumps(plain["protocol"], sort_keys=True),
+        SECONDARY_TAG: json.dumps(plain["secondary"], sort_keys=True),
+        VALUES_TAG: json.dumps(plain["values"]),
+    }
+
+
+def _plain(measurement: Measurement) -> dict[str, Any]:
+    """As strict JSON has it: null for a number that is not finite."""
+
+    def finite(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return {
+        "metric": measurement.name,
+        "unit": measurement.unit,
+        "values": [finite(value) for value in measurement.values],
+        "protocol": dict(measurement.protocol),
+        "secondary": {key: finite(value) for key, value in measurement.secondary.items()},
+    }
+
+
+def _standing(client: "MlflowClient", name: str, version: str) -> tuple[Standing, str]:
+    """What the registry knows of a version, and how its own decision went ("" for not yet)."""
+    tags = client.get_model_version(name, version).tags
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    secondary = json.loads(tags.get(SECONDARY_TAG) or "{}")
+    standing = Standing(
+        version=int(version),
+        name=tags.get(METRIC_TAG, ""),
+        unit=tags.get(UNIT_TAG, ""),
+        values=tuple(number(value) for value in json.loads(tags.get(VALUES_TAG) or "[]")),
+        protocol=json.loads(tags.get(PROTOCOL_TAG) or "{}"),
+        secondary={key: number(value) for key, value in secondary.items()},
     )
+    return standing, tags.get(OUTCOME_TAG, "")
+
+
+def _record(
+    model: str,
+    alias: str,
+    rule: Rule,
+    candidate: Standing,
+    champion: Standing | None,
+    decision: Decision,
+) -> str:
+    """All that the decision rests on, as JSON."""
+    record = {
+        "model": model,
+        "alias": alias,
+        **asdict(decision),
+        "rule": asdict(rule),
+        "candidate": {"version": candidate.version, **_plain(candidate)},
+        "champion": champion and {"version": champion.version, **_plain(champion)},
+    }
+    return json.dumps(record, indent=2, allow_nan=False)
+
+
+def _move_aliases(
+    client: "MlflowClient",
+    name: str,
+    alias: str,
+    version: str,
+    outcome: Outcome,
+    aliases: Mapping[str, Any],
+) -> None:
+    """`aliases` are those of before: alias -> version."""
+
+    def holds(which: str) -> bool:
+        return str(aliases.get(which)) == version
+
+    if outcome == "champion" and not holds(alias):
+        client.set_registered_model_alias(name, alias, version)
+    if alias == CHALLENGER:
+        return  # the recipe's own alias
+    if outcome == "challenger" and not holds(CHALLENGER):
+        client.set_registered_model_alias(name, CHALLENGER, version)
+    elif outcome in ("champion", "refused") and holds(CHALLENGER):
+        client.delete_registered_model_alias(name, CHALLENGER)
 
 
 def _log_model(

@@ -265,6 +265,23 @@ def predict(uri: str, model: str, num_samples: int, params: Mapping[str, Any]) -
             raise UserError(f"{model}: {error.message.splitlines()[0]}") from error
 
 
+def download_model(uri: str, model: str, folder: Path) -> Path:
+    """The files of `models:/NAME@ALIAS` (or /VERSION) below `folder`. Raises UserError."""
+    with user_errors(uri):
+        connect(uri)
+        import mlflow
+        from mlflow.exceptions import MlflowException
+
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        try:
+            return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(folder)))
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise UserError(f"{model}: {error.message.splitlines()[0]}") from error
+
+
 class MetricWriter:
     """Metrics of a training loop, written in batches by a thread; `log` never waits nor raises.
 

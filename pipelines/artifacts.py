@@ -8,8 +8,12 @@ MLflow itself records absolute paths, see `infra.tracking`.)
 import dataclasses
 import hashlib
 import json
+import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+from consistency.evaluation.protocol import FeatureProtocol, Protocol
 
 MEASURED = {"measured": True}  # depends on the clock, so no part of what a result is
 
@@ -34,13 +38,22 @@ class ShardSet:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceStats:
-    """`features.safetensors` (the feature net) and `stats.safetensors` (n, mean, m2)."""
+    """The feature network's file and `stats.safetensors` (mean, covariance, n) of the real images.
 
-    metric: str  # its own name, never "fid"
-    count: int
-    accuracy: float | None  # of the feature net; None when there are no two classes to tell apart
-    total_variance: float  # trace of the covariance, the unit of "percent"
-    halves_percent: float  # distance between two halves of the real images: the floor
+    `real_features.npy` holds float32 features of the first real images, for metrics of sets.
+    """
+
+    protocol: FeatureProtocol
+    extractor_file: str
+    digest: str  # of what the statistics come from: the pixels, or the file of another project
+    count: int | None  # None: of others, who do not say
+    total_variance: float  # trace of the covariance, the unit of "%"
+    halves: float | None  # reported distance between two halves of the real images: the floor
+    accuracy: float | None  # of the domain net; None when there are no two classes to tell apart
+
+    def reported(self, distance: float) -> float:
+        """A Frechet distance in the metric's unit."""
+        return 100 * distance / self.total_variance if self.protocol.unit == "%" else distance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,32 +72,70 @@ class TrainedModel:
     ema: str  # which one the weights are
     emas: tuple[str, ...] = ()  # the names of the others
     snapshots: tuple[str, ...] = ()  # NAME-STEPS
+    watched: bool = field(default=False, metadata=MEASURED)  # `watch.jsonl` has its distances
+    best: str | None = field(default=None, metadata=MEASURED)  # of them, whose weights are `best/`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One row of the metric table; the grid is a PNG in the same directory."""
+    """One row of the metric table; the grid is a PNG in the same directory.
+
+    A table's figure is `value`, the mean over seed blocks; papers that follow EDM print `lowest`.
+    """
 
     candidate: str  # "teacher" | "distill" | "isolate" | "truncate"
+    protocol: Protocol  # rows of different protocols do not compare
+    values: tuple[float, ...]  # one per seed block, in the metric's unit
     sampler: str  # "heun" | "multistep" | "mean_flow"
-    steps: int
     evaluations: int  # network calls per image (NFE)
-    samples: int
-    distance: float
-    percent: float  # 100 * distance / trace of the reference covariance
-    agreement: float | None  # share of samples the feature net puts in the asked-for class
-    grid: str
     levels: tuple[float, ...]  # sigmas of multistep, times of mean_flow
+    ema: str  # which sampling EMA the weights are
+    weights_sha256: str
+    images_sha256: str  # of every sample, in order: the same samples again, or not
+    code: str  # cmforge's version
+    agreement: float | None  # share of samples the domain net puts in the asked-for class
+    secondary: dict[str, float]  # metrics of sets, of the first seed block
+    grid: str
+
+    @property
+    def steps(self) -> int:
+        return self.protocol.steps
+
+    @property
+    def samples(self) -> int:
+        return self.protocol.samples
+
+    @property
+    def value(self) -> float:
+        return math.fsum(self.values) / len(self.values)
+
+    @property
+    def lowest(self) -> float:
+        return min(self.values)
+
+    @property
+    def std(self) -> float | None:
+        """Of one block's number; None for a single block."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Every score under one protocol."""
+    """Every score under one feature network and reference."""
 
-    metric: str
+    features: FeatureProtocol
     mid_sigma: float  # second level asked of two-step samples
-    floor_percent: float
+    floor: float | None  # two halves of the real images, in the metric's unit
     scores: tuple[Score, ...]
+
+    @property
+    def metric(self) -> str:
+        """ "fid" of the verified network, else "fd_<extractor>"."""
+        return self.features.metric
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        return f"{value:.2f} %" if self.features.unit else f"{value:.4g}"
 
     def score(self, candidate: str, steps: int) -> Score:
         return next(s for s in self.scores if s.candidate == candidate and s.steps == steps)
@@ -99,7 +150,9 @@ class RegisteredModel:
     alias: str | None  # the alias it holds after this step; None when the gate kept it back
     candidate: str
     digest: str
-    percent: float
+    metric: str  # with its n: fid50k, fd_domain_2k
+    value: float
+    outcome: str  # champion | challenger | refused | no decision
     decision: str  # why the alias moved, or did not
 
 

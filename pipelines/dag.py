@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from infra import storage
 from infra.errors import UserError
@@ -47,8 +47,8 @@ class Step:
     inputs: Mapping[str, "Step"] = field(default_factory=dict)  # argument name -> step
     version: str = "1"  # raise it when a code change must not reuse old results
     cpus: float = 1  # held by the step's own process
-    on_gpu: bool = False  # takes a GPU for itself where the cluster's workers have them
-    trains: bool = False  # launches cluster.workers training workers beside itself
+    # Launches these beside itself: all of the training workers, or at least one evaluator.
+    gang: Literal["workers", "evaluators"] | None = None
     # Prefix of a config path -> prefix of the recipe key a person wrote, for reasons.
     written: tuple[str, str] = ("", "")
     # For effects outside the workspace: what of a committed value is no longer there, or None.

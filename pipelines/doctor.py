@@ -13,6 +13,7 @@ from pathlib import Path
 
 from infra import storage
 from infra.errors import UserError
+from pipelines import weights
 
 OURS = ("consistency", "pipelines", "infra")
 NEEDED = ("torch", "ray", "mlflow", "webdataset", "fsspec", "s3fs", "safetensors", "psutil")
@@ -38,6 +39,7 @@ def examine(workspace: str, tracking_uri: str | None) -> list[Check]:
         ("ray dashboard", _dashboard),
         ("cpu and memory", _machine),
         ("gpu", _gpu),
+        ("feature nets", weights.summary),
         ("workspace", lambda: _workspace(workspace)),
         ("registry", lambda: _registry(workspace, tracking_uri)),
     ]

@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -204,38 +204,42 @@ def _fits(
     return not running or total.within(executor.capacity())
 
 
-def _own(step: Step, cluster: Cluster) -> Resources:
-    """What the step's own process holds."""
-    return Resources(step.cpus, 1.0 if step.on_gpu and cluster.gpus_per_worker > 0 else 0.0)
-
-
-def _workers(cluster: Cluster) -> Resources:
-    """What the workers of one training stage hold."""
-    workers = cluster.workers
-    return Resources(workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+def _gang(step: Step, cluster: Cluster) -> Resources:
+    """What the step's actors hold: training starts with all of them, evaluation with one."""
+    if step.gang == "workers":
+        workers = cluster.workers
+        return Resources(workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
+    if step.gang == "evaluators":
+        return Resources(cluster.cpus_per_evaluator, cluster.gpus_per_evaluator)
+    return Resources(0)
 
 
 def _demand(step: Step, cluster: Cluster) -> Resources:
-    own = _own(step, cluster)
-    return own + _workers(cluster) if step.trains else own
+    return Resources(step.cpus) + _gang(step, cluster)
 
 
 def _refuse_what_never_fits(steps: Sequence[Step], executor: Executor, cluster: Cluster) -> None:
-    """Workers that one machine cannot hold would wait for ever; other clusters may grow."""
-    if cluster.address != "local" or not any(step.trains for step in steps):
+    """Actors that one machine cannot hold would wait for ever; other clusters may grow."""
+    if cluster.address != "local":
         return
-    need, capacity = _workers(cluster), executor.capacity()
-    if need.cpus > capacity.cpus:
-        raise UserError(
-            f"cluster.workers: {cluster.workers} of cpus_per_worker {cluster.cpus_per_worker} need "
-            f"{need.cpus:g} CPUs, this machine has {capacity.cpus:g}; lower them in the cluster "
-            f"file, or with cluster.workers=1 cluster.cpus_per_worker=1"
-        )
-    if need.gpus > capacity.gpus:
-        raise UserError(
-            f"cluster.gpus_per_worker: {cluster.workers} workers need {need.gpus:g} GPUs, this "
-            f"machine has {capacity.gpus:g}; use --cluster laptop, or cluster.gpus_per_worker=0"
-        )
+    capacity = executor.capacity()
+    for gang, count in (("workers", cluster.workers), ("evaluators", 1)):
+        step = next((step for step in steps if step.gang == gang), None)
+        if step is None:
+            continue
+        need, one = _gang(step, cluster), gang.removesuffix("s")
+        if need.cpus > capacity.cpus:
+            raise UserError(
+                f"cluster.{gang}: {count} of cpus_per_{one} "
+                f"{getattr(cluster, f'cpus_per_{one}')} need {need.cpus:g} CPUs, this machine has "
+                f"{capacity.cpus:g}; lower them in the cluster file, or with cluster.{gang}=1 "
+                f"cluster.cpus_per_{one}=1"
+            )
+        if need.gpus > capacity.gpus:
+            raise UserError(
+                f"cluster.gpus_per_{one}: {count} {gang} need {need.gpus:g} GPUs, this machine has "
+                f"{capacity.gpus:g}; use --cluster laptop, or cluster.gpus_per_{one}=0"
+            )
 
 
 def _submit(
@@ -247,8 +251,7 @@ def _submit(
 ) -> Any:
     inputs = {alias: done[needed.name] for alias, needed in step.inputs.items()}
     past = tuple(history.values())
-    needs = _own(step, settings.cluster)
-    needs = replace(needs, cpus=min(needs.cpus, executor.capacity().cpus))
+    needs = Resources(min(step.cpus, executor.capacity().cpus))
     return executor.submit(run_attempt, step, settings, inputs, past, needs=needs, name=step.name)
 
 

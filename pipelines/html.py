@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from pipelines import html_training, svg
+from pipelines import html_metrics, html_training, svg
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -17,7 +17,7 @@ from pipelines.artifacts import (
     ShardSet,
 )
 from pipelines.html_training import Selection, Training, css_class
-from pipelines.svg import Stage, duration, figure, percent
+from pipelines.svg import Stage, duration
 
 # The browser itself then refuses whatever the page might try to fetch.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -63,9 +63,9 @@ def render(page: Page) -> str:
             _use(page),
             _workflow(page),
             _sheet(page),
-            _metrics(page),
+            html_metrics.section(page.evaluation, page.reference, page.registered.candidate),
             html_training.curves(page.trainings),
-            html_training.selections(page.selections),
+            html_training.selections(page.selections, page.evaluation.text),
             _lineage(page),
             _recipe(page),
         ]
@@ -84,22 +84,24 @@ def render(page: Page) -> str:
 
 
 def _headline(page: Page) -> str:
-    r, shard = page.registered, page.shard
-    one = page.evaluation.score(r.candidate, 1)
-    two = page.evaluation.score(r.candidate, 2)
-    teachers = [s for s in page.evaluation.scores if s.candidate == "teacher"]
+    r, shard, evaluation = page.registered, page.shard, page.evaluation
+    text = evaluation.text
+    one, two = evaluation.score(r.candidate, 1), evaluation.score(r.candidate, 2)
+    teachers = [s for s in evaluation.scores if s.candidate == "teacher"]
     teacher = max(teachers, key=lambda s: s.evaluations, default=None)
     kind, said = ("pill held", "no alias") if r.alias is None else ("pill", f"@{r.alias}")
     alias = f'<span class="{kind}">{escape(said)}</span>'
     stats = [
-        _stat("one step", percent(one.percent), _detail(one), r.candidate),
-        _stat("two steps", percent(two.percent), _detail(two), r.candidate),
+        _stat("one step", text(one.value), _detail(evaluation, one), r.candidate),
+        _stat("two steps", text(two.value), _detail(evaluation, two), r.candidate),
     ]
     if teacher is not None:
         called = f"teacher, {teacher.evaluations} evaluations"
-        stats.append(_stat(called, percent(teacher.percent), _detail(teacher), "teacher"))
-    floor = percent(page.evaluation.floor_percent)
-    stats.append(_stat("real images, floor", floor, "two halves of the data", ""))
+        below = _detail(evaluation, teacher)
+        stats.append(_stat(called, text(teacher.value), below, "teacher"))
+    if evaluation.floor is not None:
+        floor = text(evaluation.floor)
+        stats.append(_stat("real images, floor", floor, "two halves of the data", ""))
     tiles = page.samples[sample_key(one)]
     soft, smoothed = _softness(shard)
     turns = "" if one.agreement is None else f" The {shard.num_classes} classes take turns."
@@ -176,7 +178,7 @@ def _sheet(page: Page) -> str:
         rows.append(
             f'<div class="row"><div class="who {css_class(score.candidate)}"><b>'
             f"{escape(score.candidate)}</b><span>{_steps(score)}</span>"
-            f"<span>{figure(score.distance, 4)} ({percent(score.percent)})</span></div>"
+            f"<span>{page.evaluation.text(score.value)}</span></div>"
             f'<div class="tiles" role="img" aria-label="{escape(told)}">{images}</div></div>'
         )
     whole = "".join(
@@ -196,46 +198,6 @@ def _sheet(page: Page) -> str:
         f'<div class="sheet{_softness(page.shard)[0]}" style="--columns:{columns}">'
         f"{header}{''.join(rows)}</div>\n"
         f"{more if whole else ''}\n</section>"
-    )
-
-
-def _metrics(page: Page) -> str:
-    metric, winner = page.evaluation.metric, page.registered.candidate
-    rows = []
-    for s in page.evaluation.scores:
-        mark = ' <span class="pill">registered</span>' if s.candidate == winner else ""
-        rows.append(
-            f'<tr><th scope="row"><i class="dot {css_class(s.candidate)}"></i>'
-            f"{escape(s.candidate)}{mark}</th>"
-            f"<td>{s.steps}</td><td><b>{percent(s.percent)}</b></td>"
-            f"<td>{figure(s.distance, 4)}</td><td>{_share(s.agreement)}</td>"
-            f"<td>{s.evaluations}</td>"
-            f"<td>{s.samples:,}</td><td>{escape(s.sampler)}</td><td>{_levels(s)}</td></tr>"
-        )
-    floor, accuracy = page.evaluation.floor_percent, page.reference.accuracy
-    rows.append(
-        '<tr class="floor"><th scope="row">two halves of the real images</th><td>–</td>'
-        f"<td><b>{percent(floor)}</b></td>"
-        f"<td>{figure(floor * page.reference.total_variance / 100, 4)}</td>"
-        f"<td>{_share(accuracy)}</td><td>–</td>"
-        f"<td>{page.reference.count:,}</td><td>–</td><td>–</td></tr>"
-    )
-    agreement = (
-        " Class agreement is the share of samples the classifier puts into the class asked for; "
-        f"it names {_share(accuracy)} of the real images rightly."
-    )
-    heads = "candidate|steps|of total variance|distance|class agreement|evaluations|samples|sampler"
-    head = "".join(f'<th scope="col">{h}</th>' for h in (*heads.split("|"), "levels σ"))
-    return (
-        '<section id="metrics">\n<h2>Measured</h2>\n'
-        f"<p><b>{escape(metric)}</b> is a Fréchet distance between real and generated images in "
-        "the features of a small classifier trained on these very shards: it is not FID, and no "
-        "published FID compares with it. The percentage is 100 × distance / total variance of the "
-        f"real features ({figure(page.reference.total_variance, 4)}); two halves of the real "
-        f"images lie {percent(floor)} apart, so differences of that size say little."
-        f"{'' if accuracy is None else agreement}</p>\n"
-        f'<div class="scroll"><table class="metrics"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>\n</section>"
     )
 
 
@@ -288,26 +250,16 @@ def _stat(name: str, value: str, below: str, candidate: str) -> str:
     return f'<div class="{css_class(candidate)}">{said}</div>'
 
 
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _detail(score: Score) -> str:
-    share = "" if score.agreement is None else f"{_share(score.agreement)} in the right class\n"
-    return f"{share}distance {figure(score.distance, 4)}"
+def _detail(evaluation: Evaluation, score: Score) -> str:
+    agreement = html_metrics.share(score.agreement)
+    right = "" if score.agreement is None else f"{agreement} in the right class\n"
+    return f"{right}{score.protocol.name}{html_metrics.spread(evaluation, score)}"
 
 
 def _steps(score: Score) -> str:
     if score.sampler == "heun":
         return f"{score.evaluations} evaluations"
     return f"{score.steps} step{'s' if score.steps > 1 else ''}"
-
-
-def _levels(score: Score) -> str:
-    if not 0 < len(score.levels) <= 3:
-        return f"{score.steps} levels"
-    listed = ", ".join(f"{level:.4g}" for level in score.levels)
-    return f"t = {listed}" if score.sampler == "mean_flow" else listed
 
 
 def _softness(shard: ShardSet) -> tuple[str, str]:

@@ -1,12 +1,12 @@
 """The report's sections on training: a curve per stage, and how the EMAs compare."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from pipelines import svg
 from pipelines.artifacts import TrainedModel
-from pipelines.svg import Points, duration, figure, percent
+from pipelines.svg import Points, duration, figure
 
 _TRAINED = ("teacher", "distill", "isolate", "truncate")  # each has its colour in report.css
 
@@ -25,7 +25,7 @@ class Candidate:
     """A sampling EMA and how its samples scored; None: the distance is not finite."""
 
     name: str
-    percent: float | None
+    value: float | None
     chosen: bool
     rebuilt: bool  # from snapshots, not trained
 
@@ -95,7 +95,7 @@ def _training(t: Training) -> str:
     )
 
 
-def selections(selections: Sequence[Selection]) -> str:
+def selections(selections: Sequence[Selection], text: Callable[[float], str]) -> str:
     """The candidates of every selection, or nothing where there was none."""
     if not selections:
         return ""
@@ -103,14 +103,14 @@ def selections(selections: Sequence[Selection]) -> str:
     for selection in selections:
         for c in selection.candidates:
             mark = ' <span class="pill">published</span>' if c.chosen else ""
-            score = "not finite" if c.percent is None else percent(c.percent)
+            score = "not finite" if c.value is None else text(c.value)
             rows.append(
                 f'<tr><th scope="row"><i class="dot {css_class(selection.of)}"></i>'
                 f"{escape(selection.of)}</th><td>{escape(c.name)}{mark}</td>"
                 f"<td>{'rebuilt from snapshots' if c.rebuilt else 'trained'}</td>"
                 f"<td><b>{score}</b></td></tr>"
             )
-    heads = ("stage", "EMA of the weights", "how", "of total variance")
+    heads = ("stage", "EMA of the weights", "how", "distance")
     head = "".join(f'<th scope="col">{h}</th>' for h in heads)
     return (
         '<section id="ema">\n<h2>Choice of the EMA</h2>\n'

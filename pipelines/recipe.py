@@ -13,6 +13,7 @@ from consistency.config import (
     NoiseConfig,
     TeacherConfig,
     require,
+    require_share,
 )
 from consistency.method_config import (
     DistillConfig,
@@ -22,6 +23,7 @@ from consistency.method_config import (
     TruncateConfig,
 )
 
+SetMetric = Literal["kid", "inception_score", "precision_recall", "fd_infinity"]
 SourceKind = Literal["digits", "idx", "folder", "npz", "cifar10", "sheets"]
 
 
@@ -68,14 +70,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
-    """The feature net trained on the shards, and the statistics of the real images under it."""
+    """The feature network, and the statistics of the real images under it.
 
-    steps: int = 300
+    The first extractor of the list whose weights are at hand is taken: an explicit choice, and it
+    decides the metric's name. `domain` is a classifier trained on the shards; it needs no weights.
+    """
+
+    # What is found and the hashes stand for these three (graph.py): where files lie is not what
+    # they are.
+    extractor: tuple[str, ...] = field(default=("domain",), metadata={"identity": False})
+    weights: str | None = field(default=None, metadata={"identity": False})  # file or folder
+    # .npz of another project instead of the shards' own statistics
+    statistics: str | None = field(default=None, metadata={"identity": False})
+    steps: int = 300  # of training the domain net
     batch: int = 128
     lr: float = 2e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require(len(self.extractor) > 0, "extractor: name at least one (domain needs no weights)")
+        require(
+            self.statistics is None or "domain" not in self.extractor,
+            "statistics: belong to a fixed network; reference.extractor must not name domain",
+        )
         require(self.steps > 0, f"steps: {self.steps} must be > 0")
         require(self.batch > 0, f"batch: {self.batch} must be > 0")
         require(self.lr > 0, f"lr: {self.lr} must be > 0")
@@ -85,16 +102,20 @@ class ReferenceConfig:
 class EvaluateConfig:
     """Samples of EMA weights with fixed noise, against the reference."""
 
-    samples: int = 2_000
-    teacher_samples: int = 1_000
+    samples: int = 2_000  # per seed block
+    seed_blocks: int = 3  # disjoint sets of samples: their spread is the number's uncertainty
+    teacher_samples: int = 1_000  # of its many-step samples, in one block
     teacher_steps: int = 18  # Heun: 2 * steps - 1 evaluations
     teacher_guidance: float = 1.0  # classifier-free guidance of the teacher's samples; 1 is none
     teacher_churn: ChurnConfig | None = None  # None: the deterministic sampler
     mid_sigma: float = 0.821  # second noise level of two-step sampling (iCT, CIFAR-10)
+    also: tuple[SetMetric, ...] = ()  # of the first seed block, beside the distance
+    allow_rank_deficient: bool = False  # samples <= features: the distance is mostly bias
     seed: int = 0
 
     def __post_init__(self) -> None:
         require(self.samples > 1, f"samples: {self.samples} must be > 1")
+        require(self.seed_blocks > 0, f"seed_blocks: {self.seed_blocks} must be > 0")
         require(self.teacher_samples > 1, f"teacher_samples: {self.teacher_samples} must be > 1")
         require(self.teacher_steps >= 2, f"teacher_steps: {self.teacher_steps} must be >= 2")
         require(self.mid_sigma > 0, f"mid_sigma: {self.mid_sigma} must be > 0")
@@ -111,6 +132,7 @@ class SelectConfig:
     sigma_rel: tuple[float, ...] = (0.05, 0.10, 0.15, 0.20)  # lengths to rebuild
     samples: int = 1_000
     steps: Literal[1, 2] = 1
+    allow_rank_deficient: bool = False
     seed: int = 1  # other noise than the evaluation's: it chooses, evaluate judges
 
     def __post_init__(self) -> None:
@@ -122,13 +144,37 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Evaluation while a stage trains. It changes no weights, so it is no part of any identity."""
+
+    every_images: int
+    samples: int = 1_000
+    share: float = 0.05  # of the training time, at most; probes that would exceed it are skipped
+    stop_above: float | None = 4.0  # times the best distance: diverging; None: never stop
+    patience: int = 3  # evaluations running
+    allow_rank_deficient: bool = False
+    seed: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every_images > 0, f"every_images: {self.every_images} must be > 0")
+        require(self.samples > 1, f"samples: {self.samples} must be > 1")
+        require_share("share", self.share)
+        require(
+            self.stop_above is None or self.stop_above > 1,
+            f"stop_above: {self.stop_above} must be > 1",
+        )
+        require(self.patience > 0, f"patience: {self.patience} must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegisterConfig:
     """Which candidate becomes a model version, and under which name and alias."""
 
     model: str
     alias: str = "champion"
     steps: Literal[1, 2] = 1  # the column candidates are ranked by
-    max_distance: float | None = None  # percent; None: no absolute bound
+    max_distance: float | None = None  # in the metric's unit; None: no absolute bound
+    allow_proxy: bool = False  # may a metric that is not FID move the alias?
 
     def __post_init__(self) -> None:
         require(
@@ -163,6 +209,7 @@ class Recipe:
     select_ema: SelectConfig | None = None  # None: the first EMA of each stage is published
     reference: ReferenceConfig = ReferenceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    watch: WatchConfig | None = None  # None: stages train without looking
     register: RegisterConfig
 
     def __post_init__(self) -> None:
@@ -191,6 +238,12 @@ class Recipe:
             or not isinstance(self.isolate, MeanFlowConfig),
             "truncate.of: isolate trains a MeanFlow, which has no f to truncate; take another "
             "method there, or of: distill",
+        )
+        require(
+            self.reference.statistics is None
+            or not {"kid", "precision_recall"}.intersection(self.evaluate.also),
+            "evaluate.also: kid and precision_recall need features of real images, which the file "
+            "of reference.statistics has not; leave one of the two out",
         )
         self._require_one_boundary()
         self._require_classes()
@@ -254,6 +307,9 @@ class Cluster:
     gpus_per_worker: float = 0.0
     workspace: str = "cmforge-workspace"  # folder or fsspec URL
     tracking_uri: str | None = None  # None: sqlite in the workspace
+    evaluators: int = 2  # actors that sample and extract features; fewer where there is no room
+    cpus_per_evaluator: int = 1
+    gpus_per_evaluator: float = 0.0
     micro_batch: int | None = None  # images of a worker's forward pass; None: its whole share
     checkpoint_every_seconds: float = 30.0
     checkpoints_kept: int = 2
@@ -264,6 +320,15 @@ class Cluster:
         require(self.workers >= 1, f"workers: {self.workers} must be >= 1")
         require(self.cpus_per_worker >= 1, f"cpus_per_worker: {self.cpus_per_worker} must be >= 1")
         require(self.gpus_per_worker >= 0, f"gpus_per_worker: {self.gpus_per_worker} must be >= 0")
+        require(self.evaluators >= 1, f"evaluators: {self.evaluators} must be >= 1")
+        require(
+            self.cpus_per_evaluator >= 1,
+            f"cpus_per_evaluator: {self.cpus_per_evaluator} must be >= 1",
+        )
+        require(
+            self.gpus_per_evaluator >= 0,
+            f"gpus_per_evaluator: {self.gpus_per_evaluator} must be >= 0",
+        )
         require(
             self.micro_batch is None or self.micro_batch >= 1,
             f"micro_batch: {self.micro_batch} must be >= 1",

@@ -53,7 +53,7 @@ def draw(
             assert model is not None
             images = _from_registry(model, tracking_uri, num, steps or 1, seed, label)
         else:
-            loaded = _load(*_folder(model, workspace))
+            loaded = _load(*folder_of(model, workspace))
             denoiser = loaded.description.kind == "denoiser"
             default = TEACHER_STEPS if denoiser else len(levels or [0])
             images = loaded.generate(
@@ -100,7 +100,7 @@ def _load(folder: Path, mid_sigma: float | None) -> Any:
         raise UserError(f"{folder} is not a whole model: {str(error).splitlines()[0]}") from error
 
 
-def _folder(model: str | None, workspace: str) -> tuple[Path, float | None]:
+def folder_of(model: str | None, workspace: str) -> tuple[Path, float | None]:
     """A model folder, and the second noise level it was evaluated with where that is known."""
     if model is not None and model not in STEPS:
         folder = Path(model)

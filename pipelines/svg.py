@@ -23,10 +23,6 @@ def figure(value: float, digits: int = 3) -> str:
     return f"{value:#.{digits}g}".rstrip(".")
 
 
-def percent(value: float) -> str:
-    return f"{figure(value)} %"
-
-
 def short(value: float) -> str:
     """Axis labels: 0.25, 40, 20k, 1.5M."""
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

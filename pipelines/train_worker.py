@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from consistency.method_config import ConsistencyConfig, StageTraining
 from infra import storage, tracking
 from infra.errors import UserError
 from pipelines.training import StageJob
+from pipelines.watch import LOG, Diverged, Watch, write_best
 
 if TYPE_CHECKING:
     from infra.cluster import TrainWorker
@@ -35,7 +36,7 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     me = TrainWorker()
     try:
         return _train(payload["job"], me)
-    except NonFiniteLoss as error:  # raised on every rank
+    except (NonFiniteLoss, Diverged) as error:  # raised on every rank
         return {"failed": str(error), "user": False}
     except UserError as error:
         if me.world_size > 1:  # the other ranks would wait for this one
@@ -51,7 +52,7 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
     from consistency.state import CheckpointError
 
     torch.set_num_threads(job.cpus_per_worker)
-    running = _Running(job, me.device)
+    running = _Running(job, me)
     with me.latest_checkpoint() as folder:
         if folder is not None:
             try:
@@ -94,6 +95,12 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
                     _progress(job, point)
             if log.steps in marks and me.rank == 0:
                 running.keep_snapshot()
+            if log.checked and running.watch is not None:
+                with clock.paused():
+                    for line in running.look(clock, job.config.batch):
+                        key = f"{line['name']}/{line['ema']}/steps_{line['steps']}"
+                        metrics.log(log.images, {key: line["value"]})
+                    running.watch.raise_if_diverged()
             if log.checked and not last and clock.checkpoint_due(me.world_size, me.device):
                 running.publish_checkpoint(me.publish, me.rank)
                 clock.checkpointed()
@@ -112,7 +119,7 @@ def snapshot_steps(config: StageTraining) -> frozenset[int]:
 class _Running:
     """A stage on one rank, and where its files go."""
 
-    def __init__(self, job: StageJob, device: Any) -> None:
+    def __init__(self, job: StageJob, me: "TrainWorker") -> None:
         from consistency.data import ImageStream
         from consistency.published import ModelDescription
         from consistency.stage import begin
@@ -127,10 +134,16 @@ class _Running:
             self.about,
             job.config,
             seed=job.seed,
-            device=device,
+            device=me.device,
             teacher_weights=self._teacher_weights(),
-            lpips=self._lpips(device),
+            lpips=self._lpips(me.device),
         )
+        self.watch: Watch | None = None
+        if job.watch is not None:
+            emas = tuple(ema.name for ema in job.config.ema)
+            self.watch = Watch(
+                job.watch, self.about, job.step, emas, me.rank, me.world_size, me.device
+            )
         self.curve: list[dict[str, float]] = []
 
     def _teacher_weights(self) -> Any:
@@ -168,6 +181,8 @@ class _Running:
         self.stage.state.restore(folder)
         lines = (folder / "curve.jsonl").read_text().splitlines()
         self.curve.extend(json.loads(line) for line in lines)
+        if self.watch is not None and (folder / LOG).exists():
+            self.watch.restore((folder / LOG).read_text())
 
     def publish_checkpoint(self, publish: Callable[[Path | None, int], None], rank: int) -> None:
         images = self.stage.state.images
@@ -178,9 +193,30 @@ class _Running:
         try:
             self.stage.state.save(folder)
             (folder / "curve.jsonl").write_text(self._curve_text())
+            if self.watch is not None:
+                (folder / LOG).write_text(self.watch.text())
             publish(folder, images)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def look(self, clock: "_Clock", batch: int) -> list[dict[str, Any]]:
+        """Probe when it is due and affordable, which rank 0 decides; keep the best weights."""
+        watch, state = self.watch, self.stage.state
+        assert watch is not None
+        if not watch.due(state.images, batch):
+            return []
+        trained = state.images - clock.first_images
+        within = watch.affordable(clock.own_seconds, trained)
+        if not agreed(within, watch.world_size, watch.device):
+            return []
+        before = watch.best()
+        lines = watch.probe(state, state.images)
+        best = watch.best()
+        if watch.rank == 0 and best is not None and best != before:
+            data = self._weights(best["ema"])
+            folder = storage.join(self.job.work, "final", "best")
+            write_best(folder, data, self.about.to_json(), best)
+        return lines
 
     def keep_snapshot(self) -> None:
         """Power EMAs as they are now; a resumed run that comes by again writes the same bytes."""
@@ -198,7 +234,14 @@ class _Running:
         final = storage.join(self.job.work, "final")
         storage.write_bytes(storage.join(final, "config.json"), self.about.to_json().encode())
         storage.write_bytes(storage.join(final, "curve.jsonl"), self._curve_text().encode())
+        watch: dict[str, Any] = {"watched": False, "best": None}
+        if self.watch is not None and self.watch.history:
+            storage.write_bytes(storage.join(final, LOG), self.watch.text().encode())
+            best = self.watch.best()
+            said = best and f"{best['ema']} at {best['images']:,} images"
+            watch = {"watched": True, "best": said}
         return {
+            **watch,
             "kind": self.about.kind,
             "images": state.images,
             "steps": state.steps,
@@ -218,13 +261,17 @@ class _Running:
 
     def _write(self, name: str, ema: str) -> str:
         """One EMA's weights as work/final/{name}.safetensors; returns their sha256."""
-        from safetensors.torch import save
-
-        average = self.stage.state.averages[ema]
-        data = save({k: v.contiguous().cpu() for k, v in average.items()})
+        data = self._weights(ema)
         url = storage.join(storage.join(self.job.work, "final"), f"{name}.safetensors")
         storage.write_bytes(url, data)
         return hashlib.sha256(data).hexdigest()
+
+    def _weights(self, ema: str) -> bytes:
+        from safetensors.torch import save
+
+        average = self.stage.state.averages[ema]
+        data: bytes = save({k: v.contiguous().cpu() for k, v in average.items()})
+        return data
 
     def _curve_text(self) -> str:
         return "".join(json.dumps(point) + "\n" for point in self.curve)
@@ -238,7 +285,7 @@ class _Clock:
         self.every = checkpoint_every_seconds
         self.before = before  # seconds of earlier attempts
         self.started = self.last_log = self.last_checkpoint = now
-        self.last_images = images
+        self.first_images = self.last_images = images
         self.losses: list[Any] = []
 
     def log_due(self, last: bool) -> bool:
@@ -265,21 +312,40 @@ class _Clock:
     def checkpoint_due(self, world_size: int, device: Any) -> bool:
         """Decided by rank 0's clock, since publishing is a barrier for all."""
         due = time.monotonic() - self.last_checkpoint >= self.every
-        if world_size > 1:
-            import torch
-            import torch.distributed as dist
+        return agreed(due, world_size, device)
 
-            flag = torch.tensor([float(due)], device=device)
-            dist.broadcast(flag, src=0)
-            due = bool(flag.item())
-        return due
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training: rates and training seconds leave it out."""
+        begun = time.monotonic()
+        yield
+        lost = time.monotonic() - begun
+        self.started += lost
+        self.last_log += lost
 
     def checkpointed(self) -> None:
         self.last_checkpoint = time.monotonic()
 
     @property
     def train_seconds(self) -> float:
-        return self.before + time.monotonic() - self.started
+        return self.before + self.own_seconds
+
+    @property
+    def own_seconds(self) -> float:
+        """Of this attempt."""
+        return time.monotonic() - self.started
+
+
+def agreed(mine: bool, world_size: int, device: Any) -> bool:
+    """What rank 0 says, on every rank."""
+    if world_size == 1:
+        return mine
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor([float(mine)], device=device)
+    dist.broadcast(flag, src=0)
+    return bool(flag.item())
 
 
 def _progress(job: StageJob, point: dict[str, float]) -> None:

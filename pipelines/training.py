@@ -4,7 +4,7 @@ Teacher, distillation and isolation differ in their objective only; they all pas
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from consistency.config import NetworkConfig, NoiseConfig, check_network
 from consistency.method_config import StageTraining
@@ -12,6 +12,9 @@ from infra import storage, tracking
 from infra.errors import UserError
 from pipelines.artifacts import Committed, ShardSet, TrainedModel, from_json
 from pipelines.dag import StepContext
+from pipelines.watch import WatchJob
+
+BEST_FILES = ("weights.safetensors", "config.json", "watch.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class StageConfig:
     training: StageTraining
     seed: int
     lpips_sha256: str | None = None  # of the weights of distance lpips
+    watch: WatchJob | None = field(default=None, metadata={"identity": False})
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class StageJob:
     experiment: str
     fingerprint: str
     artifact_root: str
+    watch: WatchJob | None
 
     def open_run(self) -> str:
         """The MLflow run of this stage, found or created."""
@@ -111,6 +116,7 @@ def run_stage(
         experiment=ctx.experiment,
         fingerprint=ctx.fingerprint,
         artifact_root=tracking.artifact_root(ctx.workspace),
+        watch=config.watch,
     )
     result = cluster.train_workers(
         worker,
@@ -140,6 +146,8 @@ def _files(model: TrainedModel) -> list[str]:
         "curve.jsonl",
         *(f"ema/{name}.safetensors" for name in model.emas),
         *(f"snapshots/{name}.safetensors" for name in model.snapshots),
+        *(["watch.jsonl"] if model.watched else []),
+        *(f"best/{name}" for name in (BEST_FILES if model.best is not None else ())),
     ]
 
 
@@ -147,10 +155,10 @@ def _flat(config: object, prefix: str = "") -> dict[str, str]:
     """Dotted keys of a config, as MLflow params."""
     flat: dict[str, str] = {}
     assert dataclasses.is_dataclass(config)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            flat |= _flat(value, f"{prefix}{field.name}.")
+            flat |= _flat(value, f"{prefix}{item.name}.")
         else:
-            flat[prefix + field.name] = str(value)
+            flat[prefix + item.name] = str(value)
     return flat

@@ -17,7 +17,7 @@ from PIL import Image
 
 from infra import storage
 from infra.resources import Resources
-from pipelines import cli, dag
+from pipelines import cli, commands, dag
 
 RECIPE = (Path(__file__).parent / "assets" / "tiny.yaml").read_text()
 
@@ -51,7 +51,7 @@ def _alone(monkeypatch, tmp_path):
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_ray", lambda address: InProcess())
+    monkeypatch.setattr(commands, "_ray", lambda address: InProcess())
 
 
 @pytest.fixture

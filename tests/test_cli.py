@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from consistency.config import NetworkConfig, NoiseConfig
+from consistency.evaluation.protocol import FeatureProtocol, Protocol
 from infra.errors import UserError, WorkerLost
 from infra.resources import Resources
-from pipelines import cli, dag, execution, graph, progress
+from pipelines import cli, commands, config, dag, execution, graph, progress
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -32,27 +33,53 @@ from pipelines.artifacts import (
 )
 from pipelines.dag import Planned, Step, StepContext
 from pipelines.execution import Event
+from pipelines.yardstick import STATS
 
-COMMANDS = ["run", "plan", "status", "report", "sample", "doctor"]
+COMMANDS = [
+    *("run", "plan", "status", "report", "sample", "estimate", "compare", "doctor"),
+    *("reference", "reference export"),
+    *("weights", "weights list", "weights fetch", "weights import"),
+]
 STEPS = ["shard", "reference", "teacher", "distill", "isolate", "evaluate", "register", "report"]
 ROOT = Path(cli.__file__).parent.parent
 
 RAN: list[str] = []
 FAILING: dict[str, BaseException] = {}
 
+FEATURES = FeatureProtocol(
+    extractor="domain",
+    weights_sha256="0" * 64,
+    layer="hidden",
+    dim=4,
+    resize="none",
+    size=8,
+    channels="native",
+)
+PROTOCOL = Protocol(
+    features=FEATURES, reference="0" * 16, n_reference=1, samples=10, seed=0, seed_blocks=1, steps=1
+)
 SCORE = Score(
     candidate="distill",
+    protocol=PROTOCOL,
+    values=(0.5,),
     sampler="multistep",
-    steps=1,
     evaluations=1,
-    samples=10,
-    distance=0.1,
-    percent=0.5,
-    agreement=None,
-    grid="distill-1.png",
     levels=(80.0,),
+    ema="power-0.1",
+    weights_sha256="0" * 64,
+    images_sha256="0" * 64,
+    code="",
+    agreement=None,
+    secondary={},
+    grid="distill-1.png",
 )
-TWO_STEPS = replace(SCORE, steps=2, levels=(80.0, 0.8))
+TWO_STEPS = replace(
+    SCORE,
+    protocol=replace(PROTOCOL, steps=2, seed_blocks=2),
+    values=(0.3, 0.5),
+    evaluations=2,
+    levels=(80.0, 0.8),
+)
 MODEL = TrainedModel(
     kind="denoiser",
     images=1,
@@ -75,22 +102,28 @@ VALUES: dict[str, Any] = {
         manifest_sha256="",
     ),
     "reference": ReferenceStats(
-        metric="fd", count=1, accuracy=1.0, total_variance=1.0, halves_percent=0.1
+        protocol=FEATURES,
+        extractor_file="features.safetensors",
+        digest="0" * 16,
+        count=1,
+        total_variance=1.0,
+        halves=0.1,
+        accuracy=1.0,
     ),
     "teacher": MODEL,
     "distill": MODEL,
     "isolate": MODEL,
     "truncate": MODEL,
-    "evaluate": Evaluation(
-        metric="fd", mid_sigma=0.8, floor_percent=0.1, scores=(SCORE, TWO_STEPS)
-    ),
+    "evaluate": Evaluation(features=FEATURES, mid_sigma=0.8, floor=0.1, scores=(SCORE, TWO_STEPS)),
     "register": RegisteredModel(
         name="tiny",
         version=3,
         alias="champion",
         candidate="distill",
         digest="",
-        percent=0.5,
+        metric="fd_domain_10",
+        value=0.5,
+        outcome="champion",
         decision="champion: the first",
     ),
     "report": Report(file="report.html", bytes=6),
@@ -154,7 +187,7 @@ def addresses(monkeypatch):
                 config=step.config,
                 returns=step.returns,
                 inputs={alias: made[needed.name] for alias, needed in step.inputs.items()},
-                trains=step.trains,
+                gang=step.gang,
             )
         return list(made.values())
 
@@ -163,7 +196,7 @@ def addresses(monkeypatch):
         return InProcess()
 
     monkeypatch.setattr(graph, "build", fake)
-    monkeypatch.setattr(cli, "_ray", ray)
+    monkeypatch.setattr(commands, "_ray", ray)
     return started
 
 
@@ -197,7 +230,7 @@ def test_help_of_every_command_imports_nothing_heavy():
     done = run_python(
         "import sys\n"
         "from pipelines.cli import main\n"
-        f"for command in [[], *([c] for c in {COMMANDS})]:\n"
+        f"for command in [[], *(c.split() for c in {COMMANDS})]:\n"
         "    try:\n"
         "        main([*command, '--help'])\n"
         "    except SystemExit as stop:\n"
@@ -223,7 +256,7 @@ def test_a_plan_imports_neither_torch_nor_ray_nor_mlflow():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_what_each_exit_code_means(name, capsys):
-    assert command(name, "--help") == 0
+    assert command(*name.split(), "--help") == 0
     text = capsys.readouterr().out
     for code in ("0 ", "1 ", "2 ", "130", "141"):
         assert f"\n  {code}" in text
@@ -269,6 +302,14 @@ def test_overrides_may_stand_anywhere_after_the_recipe(capsys):
         ["sample", "--class", "cat"],
         ["sample", "--seed", "1.5"],
         ["sample", "--guidance", "strong"],
+        ["compare", "one"],
+        ["compare", "one", "two", "--samples", "many"],
+        ["reference"],
+        ["reference", "export"],
+        ["weights"],
+        ["weights", "steal"],
+        ["weights", "fetch"],
+        ["weights", "list", "--workspace", "w"],
     ],
 )
 def test_a_command_line_that_cannot_be_read_exits_2_with_its_usage(argv, capsys):
@@ -311,6 +352,11 @@ def test_a_command_line_that_cannot_be_read_exits_2_with_its_usage(argv, capsys)
         (["sample", "--guidance", "nan"], "--guidance: nan must be a finite number"),
         (["sample", "models:/m@a", "--levels", "80"], "--levels: a registered model has none"),
         (["sample", "models:/m@a", "--guidance", "2"], "--guidance: a registered model has none"),
+        (["compare", "a", "b", "--samples", "1"], "--samples: 1 must be at least 2"),
+        (["reference", "export", "x.npz"], "nothing has run in workspace"),
+        (["weights", "fetch", "inceptoin_fid"], "did you mean 'inception_fid'?"),
+        (["weights", "import", "nowhere"], "nowhere: no such file"),
+        (["plan", "quickstart", "reference.extractor=[dinov2]"], "did you mean 'dinov2_vitl14'?"),
         (["sample", "truncate"], "step truncate has no result in workspace"),
         (["sample", "select_ema-isolate"], "step select_ema-isolate has no result in workspace"),
     ],
@@ -407,7 +453,9 @@ def test_a_run_ends_with_the_model_and_the_report_and_a_second_starts_nothing(
     assert "model   tiny version 3 (from distill): champion: the first" in lines
     page = Path(lines[-1].removeprefix("report  "))
     assert page.read_text() == "<html>"
-    assert any("distill" in line and "1 evaluation " in line and "0.50 %" in line for line in lines)
+    unit = "of the variance of the real images"
+    assert f"  distill  1 evaluation    fd_domain_10 0.50 % {unit}" in lines
+    assert f"  distill  2 evaluations   fd_domain_10 0.40 % ± 0.14 % {unit}" in lines
 
     RAN.clear()
     assert command("run", "quickstart") == 0
@@ -466,6 +514,19 @@ def test_a_relative_data_path_is_the_shells_for_all_later_commands(
     assert capsys.readouterr().out.count(" done ") == 8
 
 
+def test_paths_of_the_reference_are_the_shells_too(tmp_path):
+    def reference(*overrides: str) -> Any:
+        recipe = config.load_recipe("quickstart", overrides)
+        return commands._at_absolute_paths(recipe).reference
+
+    assert reference() == config.load_recipe("quickstart", ()).reference
+    keys = ["reference.weights=w", "reference.statistics=s.npz"]
+    found = reference(*keys, "reference.extractor=[own.pt2,squeezenet11]")
+    assert found.weights == str(tmp_path / "w")
+    assert found.statistics == str(tmp_path / "s.npz")
+    assert found.extractor == (str(tmp_path / "own.pt2"), "squeezenet11")
+
+
 def test_force_runs_one_step_again_and_the_dry_run_shows_it(addresses, capsys):
     assert command("run", "quickstart") == 0
     RAN.clear()
@@ -480,7 +541,7 @@ def test_steps_of_the_new_stages_line_up_and_can_be_forced(addresses, capsys):
     two = "[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.10}]"
     keys = [
         *("isolate.method=ect", "truncate.method=tcm", "truncate.images=12_800"),
-        *("truncate.batch=128", "select_ema.samples=10"),
+        *("truncate.batch=128", "select_ema.samples=100"),
         *(f"{stage}.ema={two}" for stage in ("distill", "isolate", "truncate")),
     ]
     assert command("run", "quickstart", *keys) == 0
@@ -558,7 +619,7 @@ def test_a_lost_worker_exits_1(addresses, capsys, monkeypatch):
         def result(self, handle: int) -> Any:
             raise WorkerLost("node died")
 
-    monkeypatch.setattr(cli, "_ray", lambda address: Losing())
+    monkeypatch.setattr(commands, "_ray", lambda address: Losing())
     assert command("run", "quickstart") == 1
     captured = capsys.readouterr()
     assert "step shard failed: node died\n" in captured.err
@@ -587,7 +648,7 @@ def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_exits_130(
 
     cancelled: list[int] = []
     executor = Interrupted()
-    monkeypatch.setattr(cli, "_ray", lambda address: executor)
+    monkeypatch.setattr(commands, "_ray", lambda address: executor)
     before = signal.getsignal(signal.SIGTERM)
     assert command("run", "quickstart") == 130
     err = capsys.readouterr().err
@@ -595,7 +656,7 @@ def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_exits_130(
     assert cancelled == [0]
     assert executor.closed
     assert signal.getsignal(signal.SIGTERM) is before
-    monkeypatch.setattr(cli, "_ray", lambda address: InProcess())
+    monkeypatch.setattr(commands, "_ray", lambda address: InProcess())
     assert command("run", "quickstart") == 0  # and the workspace is free again
 
 
@@ -611,7 +672,7 @@ def test_a_ray_that_does_not_answer_is_one_line_and_frees_the_workspace(
     def ray(address: str) -> Any:
         raise UserError(f"no Ray cluster at address {address!r}; start one")
 
-    monkeypatch.setattr(cli, "_ray", ray)
+    monkeypatch.setattr(commands, "_ray", ray)
     for _ in range(2):
         assert command("run", "quickstart", "--cluster", "auto") == 2
         assert one_line(capsys) == "no Ray cluster at address 'auto'; start one\n"
@@ -716,6 +777,64 @@ def test_on_a_terminal_the_table_shows_every_state(tmp_path, monkeypatch):
         ["·", "waiting", "waiting"],
     ]
     assert [row[-1] for row in rows if row[1] in ("retry", "failed", "skipped")] == ["why"] * 3
+
+
+# --- reference and compare -----------------------------------------------------------------------
+
+
+def test_the_statistics_of_the_real_images_are_written_for_others(addresses, capsys, tmp_path):
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from consistency.evaluation.npz import read_npz
+
+    assert command("run", "quickstart") == 0
+    (folder,) = Path().glob("cmforge-workspace/steps/reference/*/attempts/*")
+    mean, covariance = np.arange(4.0), np.diag([1.0, 2.0, 3.0, 4.0])
+    save_file({"n": np.asarray(7), "mean": mean, "covariance": covariance}, folder / STATS)
+    capsys.readouterr()
+    assert command("reference", "export", "new/real.npz") == 0
+    file = tmp_path / "new" / "real.npz"
+    assert capsys.readouterr().out == f"{file}\n"
+    gaussian, protocol = read_npz(file)
+    assert protocol == FEATURES
+    assert gaussian.n == 7
+    assert np.array_equal(gaussian.mean, mean)
+    assert np.array_equal(gaussian.covariance, covariance)
+    assert command("reference", "export", "new") == 2
+    assert "a folder stands where a file is needed" in one_line(capsys)
+
+
+def test_statistics_not_computed_yet_cannot_be_exported(addresses, capsys):
+    FAILING["reference"] = UserError("mend this")
+    assert command("run", "quickstart") == 2
+    capsys.readouterr()
+    assert command("reference", "export", "x.npz") == 2
+    said = "no statistics of real images yet: interrupted: runs again; run: cmforge run quickstart"
+    assert one_line(capsys) == f"{said}\n"
+
+
+def test_compare_is_handed_both_models_and_the_workspaces_yardstick(
+    addresses, monkeypatch, capsys, tmp_path
+):
+    from pipelines import compare
+
+    seen: list[Any] = []
+    monkeypatch.setattr(compare, "show", lambda *given, **named: seen.append((given, named)))
+    argv = ["compare", "models:/m@a", "folder"]
+    assert command(*argv) == 2
+    assert "nothing has run in workspace" in one_line(capsys)
+    assert command("run", "quickstart", "evaluate.samples=100") == 0
+    assert command(*argv, "--samples", "90", "--out", "sheet.png") == 0
+    assert command(*argv) == 0
+    ((names, recipe, yardstick), named), (_, defaults) = seen
+    assert names == ("models:/m@a", "folder")
+    assert recipe.evaluate.samples == 100
+    assert yardstick.reference == VALUES["reference"]
+    where = tmp_path / "cmforge-workspace"
+    uri = f"sqlite:///{where}/mlflow.db"
+    assert named == dict(workspace=str(where), tracking_uri=uri, samples=90, out=Path("sheet.png"))
+    assert (defaults["samples"], defaults["out"]) == (None, Path("compare.png"))
 
 
 # --- sample --------------------------------------------------------------------------------------
@@ -913,7 +1032,7 @@ def test_sample_finds_the_registered_candidate_of_the_workspace(model, addresses
 
 def test_sample_takes_the_average_that_was_selected(addresses, capsys, tmp_path):
     two = "[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.10}]"
-    keys = ["select_ema.samples=10", f"distill.ema={two}", f"isolate.ema={two}"]
+    keys = ["select_ema.samples=100", f"distill.ema={two}", f"isolate.ema={two}"]
     assert command("run", "quickstart", *keys) == 0
     for step in ("distill", "select_ema-distill"):
         (folder,) = Path().glob(f"cmforge-workspace/steps/{step}/*/attempts/*")

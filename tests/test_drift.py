@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import cli, dag, drift, execution
+from pipelines import commands, dag, drift, execution
 from pipelines.dag import Planned, Step
 from pipelines.steps import evaluate, isolate, report, shard, teacher
 
@@ -168,7 +168,7 @@ def planned(drifted: tuple[str, ...]) -> list[Planned]:
 
 
 def test_a_reused_result_of_other_code_is_warned_about_with_the_files(capsys):
-    cli._print_plan(planned(("consistency/loop.py", "infra/shards.py")), [])
+    commands._print_plan(planned(("consistency/loop.py", "infra/shards.py")), [])
     captured = capsys.readouterr()
     assert captured.err == (
         "warning: teacher is reused, but its code has changed since: consistency/loop.py, "
@@ -178,13 +178,13 @@ def test_a_reused_result_of_other_code_is_warned_about_with_the_files(capsys):
 
 
 def test_a_long_list_of_files_is_cut(capsys):
-    cli._print_plan(planned(tuple(f"infra/{i}.py" for i in range(9))), [])
+    commands._print_plan(planned(tuple(f"infra/{i}.py" for i in range(9))), [])
     assert "infra/4.py and 4 more;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("drifted", "forced"), [((), []), (("infra/a.py",), ["teacher"])])
 def test_no_warning_without_drift_nor_for_what_runs_again(capsys, drifted, forced):
-    cli._print_plan(planned(drifted), forced)
+    commands._print_plan(planned(drifted), forced)
     assert capsys.readouterr().err == ""
 
 

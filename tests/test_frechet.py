@@ -1,4 +1,5 @@
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -6,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from consistency.evaluation.frechet import GaussianStats, frechet_distance, relative_frechet_percent
+from consistency.evaluation.frechet import (
+    Gaussian,
+    GaussianStats,
+    frechet_distance,
+    rank_deficient,
+    rank_warning,
+    relative_frechet_percent,
+)
 
 
 def features(n, dim, seed=0, scale=1.0, shift=0.0):
@@ -50,25 +58,105 @@ def test_commuting_covariances_are_closed_form():
     assert frechet_distance(a, b) == pytest.approx(exact, abs=1e-10)
 
 
-@pytest.mark.parametrize(("n", "m", "dim"), [(30, 30, 64), (30, 500, 64), (64, 65, 64), (2, 2, 8)])
-def test_fewer_samples_than_features_match_the_qr_oracle(n, m, dim):
-    x, y = features(n, dim, 1), features(m, dim, 2, scale=1.5, shift=0.3)
-    distance = frechet_distance(GaussianStats.from_features(x), GaussianStats.from_features(y))
-    assert distance == pytest.approx(distance_from_features(x, y), rel=1e-11)
+def grey(n, seed):
+    """Like a network's float32 features of grey images: none negative, some of them always 0."""
+    rng = np.random.default_rng(seed)
+    latent = rng.standard_normal((n, 96)) * np.geomspace(1, 1e-8, 96)
+    mixing = np.random.default_rng(0).standard_normal((96, 96))
+    return np.maximum(latent @ mixing - 3, 0).astype(np.float32).astype(np.float64)
 
 
-def test_dead_features_do_not_disturb_the_distance():
-    x, y = features(200, 16, 1), features(200, 16, 2)
-    x[:, 3] = y[:, 3] = 0.0
-    kept = [i for i in range(16) if i != 3]
-    whole = frechet_distance(GaussianStats.from_features(x), GaussianStats.from_features(y))
-    assert whole == pytest.approx(distance_from_features(x[:, kept], y[:, kept]), rel=1e-10)
+def nearly_singular(n, seed):
+    """Standard deviations down to a millionth, in directions of no single feature."""
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))
+    return features(n, 64, seed) * np.geomspace(1, 1e-6, 64) @ rotation
 
 
-@pytest.mark.parametrize("n", [10, 64, 1000])
-def test_distance_of_a_set_to_itself_is_below_1e_9_of_its_trace(n):
-    a = stats(n, 64)
-    assert 0 <= frechet_distance(a, a) < 1e-9 * np.trace(a.covariance)
+def with_column(x, value):
+    x = x.copy()
+    x[:, 3] = value
+    return x
+
+
+PAIRS = {
+    "more samples": (features(500, 64, 1), features(900, 64, 2, scale=1.5, shift=0.3)),
+    "both fewer": (features(30, 64, 1), features(30, 64, 2, scale=1.5, shift=0.3)),
+    "one fewer": (features(30, 64, 1), features(500, 64, 2, scale=1.5, shift=0.3)),
+    "as many": (features(64, 64, 1), features(65, 64, 2, scale=1.5, shift=0.3)),
+    "two": (features(2, 8, 1), features(2, 8, 2)),
+    "dead in both": (with_column(features(200, 16, 1), 0), with_column(features(200, 16, 2), 0)),
+    "dead in one": (with_column(features(200, 16, 1), 0), features(200, 16, 2)),
+    "constant in one": (with_column(features(200, 16, 1), 3.14159), features(200, 16, 2)),
+    "grey": (grey(2_000, 1), grey(2_000, 2)),
+    "grey and not": (grey(2_000, 1), features(2_000, 96, 2)),
+    "graded": (features(400, 48, 1), features(400, 48, 2) * np.geomspace(1, 1e-9, 48)),
+    "far from zero": (features(300, 32, 1, shift=1e4), features(300, 32, 2, shift=1e4)),
+    "itself": (features(1_000, 64, 1), features(1_000, 64, 1)),
+    "itself, fewer": (features(10, 64, 1), features(10, 64, 1)),
+    "itself, grey": (grey(2_000, 1), grey(2_000, 1)),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_distance_is_exact_to_1e_12_of_the_trace(case):
+    x, y = PAIRS[case]
+    a, b = GaussianStats.from_features(x), GaussianStats.from_features(y)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    oracle = distance_from_features(x, y)
+    assert frechet_distance(a, b) == pytest.approx(max(oracle, 0), abs=1e-12 * trace)
+
+
+@pytest.mark.parametrize("other", [nearly_singular(500, 2), features(500, 64, 2)])
+def test_a_nearly_singular_covariance_leaves_1e_10_of_the_trace(other):
+    x = nearly_singular(500, 1)
+    a, b = GaussianStats.from_features(x), GaussianStats.from_features(other)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    oracle = distance_from_features(x, other)
+    assert frechet_distance(a, b) == pytest.approx(oracle, abs=1e-10 * trace)
+
+
+def test_a_dependent_feature_in_one_set_only_costs_the_root_of_rounding():
+    x, y = features(300, 12, 1), features(300, 12, 2)
+    x[:, 5] = x[:, :3] @ [1.0, -2.0, 0.5]  # its covariance is singular, which n does not tell
+    a, b = GaussianStats.from_features(x), GaussianStats.from_features(y)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    oracle = distance_from_features(x, y)
+    assert frechet_distance(a, b) == pytest.approx(oracle, abs=1e-7 * trace)
+
+
+def test_rotating_both_sets_leaves_their_distance():
+    x, y = PAIRS["one fewer"]
+    rotation, _ = np.linalg.qr(np.random.default_rng(9).standard_normal((64, 64)))
+    plain, rotated = (
+        frechet_distance(GaussianStats.from_features(p), GaussianStats.from_features(q))
+        for p, q in ((x, y), (x @ rotation, y @ rotation))
+    )
+    assert rotated == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [40, 500])
+def test_statistics_without_a_count_are_whole_rank(n):
+    a, b = GaussianStats.from_features(features(n, 64, 1)), stats(500, 64, 2)
+    unknown = Gaussian(a.mean, a.covariance, None)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    # Noise in the missing directions counts: nothing says that they are missing.
+    exact = frechet_distance(a, b)
+    assert frechet_distance(unknown, b) == pytest.approx(exact, abs=1e-5 * trace)
+    assert unknown.root.shape == (64, 64)
+    assert a.gaussian.root.shape == (64, min(64, n - 1))
+
+
+def test_the_root_of_a_reference_is_computed_once(monkeypatch):
+    a, b, reference = stats(100, 8, 1), stats(5, 8, 2), stats(6, 8, 3)
+    assert frechet_distance(a, reference) == frechet_distance(a.gaussian, reference.gaussian)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", None)
+    frechet_distance(a, reference)
+    calls = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda s: calls.append(s) or eigh(s))
+    frechet_distance(b, reference)
+    frechet_distance(b, reference)
+    assert len(calls) == 1
 
 
 def test_distance_is_symmetric_and_positive():
@@ -134,6 +222,19 @@ def test_covariance_is_the_unbiased_one():
     )
 
 
+def test_statistics_take_one_float64_copy_of_the_features_and_leave_them_alone():
+    x = features(50_000, 8).astype(np.float32)
+    before = x.copy()
+    tracemalloc.start()
+    GaussianStats.from_features(x)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.2 * x.size * 8
+    for kept in (x, torch.from_numpy(x), x.astype(np.float64), torch.from_numpy(x).double()):
+        GaussianStats.from_features(kept)
+        np.testing.assert_array_equal(np.asarray(kept), before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_features_are_accumulated_in_float64(dtype):
     x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)).add(50).to(dtype)
@@ -181,6 +282,8 @@ def test_different_feature_dimensions_are_refused():
 def test_a_single_sample_has_no_distance():
     with pytest.raises(ValueError, match="at least 2"):
         frechet_distance(stats(1, 4), stats(10, 4))
+    with pytest.raises(ValueError, match="at least 2"):
+        Gaussian(np.zeros(4), np.eye(4), 1)
 
 
 def test_broken_statistics_are_refused():
@@ -190,3 +293,16 @@ def test_broken_statistics_are_refused():
         GaussianStats(5, np.zeros(2), np.zeros((3, 3)))
     with pytest.raises(ValueError, match="float64"):
         GaussianStats(5, np.zeros(2, np.float32), np.zeros((2, 2), np.float32))
+    with pytest.raises(ValueError, match=r"covariance \[D, D\]"):
+        Gaussian(np.zeros((1, 2)), np.zeros((2, 2)), 5)
+    with pytest.raises(ValueError, match="finite"):
+        Gaussian(np.zeros(2), np.full((2, 2), np.nan), None)
+
+
+def test_too_few_samples_are_told_from_few():
+    assert rank_deficient(64, 64)
+    assert not rank_deficient(65, 64)
+    assert "singular" in rank_warning(64, 64)
+    assert "biased" in rank_warning(65, 64)
+    assert "640" in rank_warning(639, 64)
+    assert rank_warning(640, 64) is None

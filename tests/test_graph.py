@@ -179,7 +179,7 @@ def test_an_lpips_file_that_is_not_there_is_one_line_that_names_the_key(tmp_path
 
 
 def test_a_relative_lpips_file_is_the_shells_for_all_later_commands(tmp_path, monkeypatch):
-    from pipelines.cli import _at_absolute_paths
+    from pipelines.commands import _at_absolute_paths
 
     monkeypatch.chdir(tmp_path)
     keys = ("distance=lpips", "lpips=vgg.pth")

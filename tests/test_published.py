@@ -39,7 +39,7 @@ def test_a_folder_gives_back_the_model_that_was_written(kind, tmp_path):
     read = load(tmp_path)
     assert read.description == written.description
     assert type(read.function) is type(written.function)
-    assert read.sampler == {"teacher": "heun", "teacher-weighted": "heun"}.get(
+    assert read.description.sampler == {"teacher": "heun", "teacher-weighted": "heun"}.get(
         kind, "mean_flow" if kind == "mean_flow" else "multistep"
     )
     assert np.array_equal(generate(read), generate(written))
@@ -150,26 +150,26 @@ def test_guidance_is_the_formula_on_the_denoiser():
 
 def test_noise_levels_of_a_consistency_model():
     published = model("ict")
-    assert published.levels(1) == [80.0]
-    assert published.levels(2) == [80.0, 0.821]
+    assert published.description.levels(1) == [80.0]
+    assert published.description.levels(2) == [80.0, 0.821]
     grid = karras_sigmas(5, 0.002, 80.0).flip(0).tolist()
-    assert published.levels(4) == pytest.approx(grid[:-1])
-    assert published.evaluations(4) == 4
+    assert published.description.levels(4) == pytest.approx(grid[:-1])
+    assert published.description.evaluations(4) == 4
     other = build(
         replace(published.description, mid_sigma=1.5), published.function.net.state_dict()
     )
-    assert other.levels(2) == [80.0, 1.5]
+    assert other.description.levels(2) == [80.0, 1.5]
     assert (generate(other) != generate(published)).any()
 
 
 def test_a_truncated_model_is_never_asked_below_its_lowest_level():
     published = model("tcm")
-    assert published.levels(1) == [80.0]
-    assert published.levels(2) == [80.0, 1.0]  # not 0.821
+    assert published.description.levels(1) == [80.0]
+    assert published.description.levels(2) == [80.0, 1.0]  # not 0.821
     higher = replace(published.description, mid_sigma=2.0)
-    assert build(higher, published.function.net.state_dict()).levels(2) == [80.0, 2.0]
+    assert build(higher, published.function.net.state_dict()).description.levels(2) == [80.0, 2.0]
     for steps in (3, 4, 10):
-        levels = published.levels(steps)
+        levels = published.description.levels(steps)
         assert len(levels) == steps
         assert (levels[0], levels[-1]) == (80.0, pytest.approx(1.0))
         assert min(levels) >= 1.0
@@ -180,10 +180,10 @@ def test_a_truncated_model_is_never_asked_below_its_lowest_level():
 
 def test_times_of_a_mean_flow():
     published = model("mean_flow")
-    assert published.levels(1) == [1.0]
-    assert published.levels(2) == [1.0, 0.821 / 1.821]
-    assert published.levels(4) == [1.0, 0.75, 0.5, 0.25]
-    assert published.evaluations(4) == 4
+    assert published.description.levels(1) == [1.0]
+    assert published.description.levels(2) == [1.0, 0.821 / 1.821]
+    assert published.description.levels(4) == [1.0, 0.75, 0.5, 0.25]
+    assert published.description.evaluations(4) == 4
     # One step is z - u(z, 1, 1) (Algorithm 2).
     z = sampling.sample_noise(0, range(3), (1, 8, 8))
     one, labels = torch.ones(3), torch.tensor([0, 1, 2])
@@ -195,7 +195,7 @@ def test_times_of_a_mean_flow():
 @pytest.mark.parametrize("kind", ["ict", "ect", "sct", "mean_flow"])
 def test_levels_may_be_given_and_count_instead_of_steps(kind):
     published = model(kind)
-    levels = published.levels(3)
+    levels = published.description.levels(3)
     given = generate(published, steps=1, levels=levels)
     assert np.array_equal(given, generate(published, steps=3))
     assert (given != generate(published, steps=1)).any()
@@ -203,14 +203,14 @@ def test_levels_may_be_given_and_count_instead_of_steps(kind):
 
 def test_a_diffusion_model_has_steps_but_no_levels():
     published = model("teacher")
-    assert published.levels(5) == []
-    assert (published.evaluations(5), published.evaluations(1)) == (9, 1)
+    assert published.description.levels(5) == []
+    assert (published.description.evaluations(5), published.description.evaluations(1)) == (9, 1)
     calls = []
     published.function.net.register_forward_hook(lambda *_: calls.append(1))
     for steps in (1, 2, 5):
         calls.clear()
         generate(published, steps=steps)
-        assert len(calls) == published.evaluations(steps)
+        assert len(calls) == published.description.evaluations(steps)
 
 
 @pytest.mark.parametrize(

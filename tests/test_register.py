@@ -1,7 +1,6 @@
 """The registry on a real MLflow sqlite store: idempotence, the gate, the served model."""
 
 import base64
-import dataclasses
 import io
 import os
 import shutil
@@ -20,7 +19,7 @@ from packaging.requirements import Requirement
 from infra import registry, tracking
 from infra.errors import UserError
 from infra.registry import Registration, Standing, decide
-from pipelines.artifacts import Committed, Evaluation, Score, ShardSet, TrainedModel
+from pipelines.artifacts import Committed, ShardSet, TrainedModel
 from pipelines.recipe import RegisterConfig
 from pipelines.steps import register
 
@@ -508,21 +507,6 @@ def test_the_saved_folder_names_nothing_of_this_machine(place: Place) -> None:
 # --- the step ------------------------------------------------------------------------------------
 
 
-def score(candidate: str, steps: int, percent: float) -> Score:
-    return Score(
-        candidate=candidate,
-        sampler="multistep",
-        steps=steps,
-        evaluations=steps,
-        samples=100,
-        distance=percent / 100,
-        percent=percent,
-        agreement=None,
-        grid=f"{candidate}-{steps}.png",
-        levels=(80.0,) if steps == 1 else (80.0, 0.821),
-    )
-
-
 def run_step(
     place: Place,
     percents: dict[tuple[str, int], float],
@@ -565,12 +549,8 @@ def run_step(
         pixel_digest="p" * 64,
         manifest_sha256="m" * 64,
     )
-    evaluation = Evaluation(
-        metric="fd_domain",
-        mid_sigma=mid_sigma,
-        floor_percent=0.31,
-        scores=tuple(score(name, steps, value) for (name, steps), value in percents.items()),
-    )
+    scores = [score(name, steps, value) for (name, steps), value in percents.items()]
+    found = evaluation(*scores, mid_sigma=mid_sigma)
     ctx: Any = SimpleNamespace(
         step="register",
         fingerprint="r" * 64,
@@ -582,11 +562,11 @@ def run_step(
     return register.run(
         ctx,
         register.RegisterStage(
-            register=RegisterConfig(model=NAME, **wanted), recipe="tiny", registry="workspace"
+            register=RegisterConfig(**{"model": NAME, "allow_proxy": True, **wanted}), recipe="tiny", registry="workspace"
         ),
         shard=committed("shard", shard),
         teacher=committed("teacher", trained("distill")),
-        evaluate=committed("evaluate", evaluation),
+        evaluate=committed("evaluate", found),
         distill=committed(f"{prefix}distill", trained("distill")),
         isolate=committed(f"{prefix}isolate", trained("isolate")),
     )
@@ -598,13 +578,13 @@ PERCENTS = {("distill", 1): 2.5, ("distill", 2): 0.7, ("isolate", 1): 0.9, ("iso
 def test_the_step_registers_the_better_candidate_with_its_lineage(place: Place) -> None:
     value = run_step(place, PERCENTS)
     assert (value.candidate, value.version, value.alias) == ("isolate", 1, ALIAS)
-    assert value.percent == 0.9
+    assert (value.metric, value.value) == ("fd_domain_100", 0.9)
     version = tracking.connect(place.uri).get_model_version(NAME, "1")
     assert version.tags["cmforge.fingerprint.isolate"] == "i" * 64
     assert version.tags["cmforge.dataset_digest"] == "p" * 64
-    assert version.tags["cmforge.fd_domain/steps_2"] == "0.8000"
+    assert version.tags["cmforge.fd_domain_100/steps_2"] == "0.8000"
     assert version.tags[registry.DIGEST_TAG] == value.digest
-    assert "| 1 | 1 | 100 | 0.90 % |" in version.description
+    assert "| 1 | 1 | 100 | 0.90 % |  | 0.90 % |" in version.description
     assert registry.verify_registered(place.uri, NAME, 1, value.digest)
     # Two steps as they were evaluated, not as the folder's default has it.
     assert place.load().unwrap_python_model().model.description.mid_sigma == 0.821
@@ -630,30 +610,31 @@ def test_another_second_level_is_another_model(place: Place) -> None:
 
 def test_the_step_ranks_by_the_asked_for_number_of_steps(place: Place) -> None:
     value = run_step(place, PERCENTS, steps=2, max_distance=0.5)
-    assert (value.candidate, value.percent, value.alias) == ("distill", 0.7, None)
-    assert value.decision == "version 1 gets no alias: 0.70 % is above max_distance 0.5 %"
+    assert (value.candidate, value.value, value.alias) == ("distill", 0.7, None)
+    assert value.outcome == "refused"
+    assert "0.70 % is above max_distance 0.5 %" in value.decision
 
 
 def test_a_distance_that_is_not_a_number_never_wins() -> None:
-    evaluation = Evaluation(
-        metric="m",
-        mid_sigma=0.821,
-        floor_percent=0.0,
-        scores=(score("distill", 1, float("nan")), score("isolate", 1, 900.0)),
+    found = evaluation(score("distill", 1, float("nan")), score("isolate", 1, 900.0))
+    assert register.best_candidate(found, ("distill", "isolate"), 1) == "isolate"
+
+
+def test_the_gate_is_given_the_whole_protocol_and_what_was_measured_beside() -> None:
+    weighed = register.measurement(
+        score("distill", 2, 0.7, 0.8, secondary={"recall": 0.5}, samples=50_000)
     )
-    assert register.best_candidate(evaluation, ("distill", "isolate"), 1) == "isolate"
+    assert (weighed.name, weighed.unit, weighed.values) == ("fd_domain_50k", "%", (0.7, 0.8))
+    assert weighed.secondary == {"recall": 0.5, "evaluations": 2.0}
+    said = dict(weighed.protocol)
+    assert said["steps"] == 2
+    assert said["seed_blocks"] == 2
+    assert said["reference"] == "aa" * 32
+    assert said["weights_sha256"] == DOMAIN.weights_sha256
 
 
-def test_the_protocol_digest_changes_with_what_makes_distances_incomparable() -> None:
-    shard: Any = SimpleNamespace(pixel_digest="p")
-    scores = (score("distill", 1, 2.0),)
-    base = Evaluation(metric="m", mid_sigma=0.821, floor_percent=0.3, scores=scores)
-    digest = register.eval_digest(base, shard, "distill", 1)
-
-    def changed(**changes: Any) -> str:
-        return register.eval_digest(dataclasses.replace(base, **changes), shard, "distill", 1)
-
-    assert changed(scores=(score("distill", 1, 9.0),)) == digest  # the result is not the protocol
-    fewer = dataclasses.replace(base.scores[0], samples=50)
-    others = {changed(metric="n"), changed(floor_percent=0.4), changed(scores=(fewer,))}
-    assert len(others | {digest}) == 4
+def test_a_proxy_moves_no_alias_unless_the_recipe_allows_it(place: Place) -> None:
+    value = run_step(place, PERCENTS, allow_proxy=False)
+    assert (value.outcome, value.alias) == ("no decision", None)
+    assert "register.allow_proxy" in value.decision
+    assert run_step(place, PERCENTS).alias == ALIAS

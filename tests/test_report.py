@@ -13,20 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from consistency.evaluation.protocol import FeatureProtocol
 from pipelines import html, html_training, svg
-from pipelines.artifacts import (
-    Committed,
-    Evaluation,
-    ReferenceStats,
-    RegisteredModel,
-    Score,
-    ShardSet,
-    TrainedModel,
-)
+from pipelines.artifacts import Committed, RegisteredModel, ShardSet, TrainedModel
 from pipelines.dag import StepContext, StepHistory
 from pipelines.png import encode_png, grid
 from pipelines.recipe import Cluster
 from pipelines.steps import report, select_ema
+from tests.scores import INCEPTION, evaluation, reference, score
 
 HOSTILE = "<script>alert('x')</script>\"&--><img src=http://evil.example/a.png onerror=x>"
 STEPS = ("shard", "reference", "teacher", "distill", "isolate", "evaluate", "register")
@@ -63,29 +57,12 @@ class Outline(HTMLParser):
         return [value or "" for _, attrs in self.tags for k, value in attrs.items() if k in names]
 
 
-def score(candidate: str, steps: int, distance: float, **changes: Any) -> Score:
-    heun = candidate == "teacher"
-    values: dict[str, Any] = {
-        "candidate": candidate,
-        "sampler": "heun" if heun else "multistep",
-        "steps": steps,
-        "evaluations": 2 * steps - 1 if heun else steps,
-        "samples": 1234 if heun else 2345,
-        "distance": distance,
-        "percent": 100 * distance / 9.873,
-        "agreement": 0.962 if heun else 0.974,
-        "grid": f"{candidate}-{steps}.png",
-        "levels": () if heun else (80.0, 0.821)[:steps],
-    }
-    return Score(**(values | changes))
-
-
 SCORES = (
-    score("teacher", 18, 0.01723),
-    score("distill", 1, 0.05319),
-    score("distill", 2, 0.03627),
-    score("isolate", 1, 0.04131),
-    score("isolate", 2, 0.03528),
+    score("teacher", 18, 1.723, samples=1234, agreement=0.962),
+    score("distill", 1, 5.319, 5.411, 5.202, samples=2345, agreement=0.974),
+    score("distill", 2, 3.627, 3.501, 3.733, samples=2345, agreement=0.974),
+    score("isolate", 1, 4.131, 4.207, 4.019, samples=2345, agreement=0.974),
+    score("isolate", 2, 3.528, 3.633, 3.417, samples=2345, agreement=0.974),
 )
 SHARD = ShardSet(
     count=1797,
@@ -97,22 +74,18 @@ SHARD = ShardSet(
     pixel_digest="aa" * 32,
     manifest_sha256="bb" * 32,
 )
-REFERENCE = ReferenceStats(
-    metric="digits-frechet", count=1797, accuracy=0.9911, total_variance=9.873, halves_percent=0.31
-)
+REFERENCE = reference()
 REGISTERED = RegisteredModel(
     name="quickstart-digits",
     version=7,
     alias="champion",
     candidate="isolate",
     digest="cc" * 32,
-    percent=SCORES[3].percent,
+    metric="fd_domain_2345",
+    value=SCORES[3].value,
+    outcome="champion",
     decision="0.42 % at one step, distill had 0.54 %",
 )
-
-
-def evaluation(metric: str, scores: tuple[Score, ...]) -> Evaluation:
-    return Evaluation(metric=metric, mid_sigma=0.821, floor_percent=0.31, scores=scores)
 
 
 def trained(stage: str) -> TrainedModel:
@@ -173,7 +146,7 @@ def page(**changes: Any) -> html.Page:
             html.Training(stage=s, model=trained(s), curve=curve(s))
             for s in ("teacher", "distill", "isolate")
         ),
-        "evaluation": evaluation(REFERENCE.metric, SCORES),
+        "evaluation": evaluation(*SCORES),
         "registered": REGISTERED,
         "samples": {
             html.sample_key(s): [encode_png(image) for image in pixels(i)]
@@ -201,7 +174,7 @@ def test_the_page_is_well_formed_and_asks_nothing_of_any_network() -> None:
 def test_the_headline_shows_the_teacher_at_its_best_not_at_one_evaluation() -> None:
     weak = score("teacher", 1, 0.9)
     samples = {**page().samples, html.sample_key(weak): page().samples["teacher-18"]}
-    shown = page(evaluation=evaluation(REFERENCE.metric, (weak, *SCORES)), samples=samples)
+    shown = page(evaluation=evaluation(weak, *SCORES), samples=samples)
     head = html.render(shown).split("<section")[0:3]
     assert "teacher, 35 evaluations" in "".join(head)
     assert "teacher, 1 evaluations" not in "".join(head)
@@ -227,7 +200,7 @@ def test_hostile_text_stays_text_wherever_it_comes_from() -> None:
         registered=dataclasses.replace(
             REGISTERED, name=HOSTILE, alias=HOSTILE, decision=HOSTILE, candidate=HOSTILE
         ),
-        evaluation=evaluation(HOSTILE, scores),
+        evaluation=evaluation(*scores),
         samples={html.sample_key(s): [encode_png(pixels(0)[0])] * 40 for s in scores},
     )
     outline = Outline(html.render(bad))
@@ -247,26 +220,69 @@ def test_every_number_of_the_metric_table_is_on_the_page() -> None:
         assert cells[0].startswith(s.candidate)
         assert ("registered" in cells[0]) == (s.candidate == "isolate")
         assert cells[1] == str(s.steps)
-        assert float(cells[2].removesuffix(" %")) == pytest.approx(s.percent, rel=5e-3)
-        assert float(cells[3]) == pytest.approx(s.distance, rel=5e-4)
+        assert cells[2] == f"{s.value:.2f} %"
+        assert cells[3] == ("–" if s.std is None else f"{s.std:.2f} %")
+        assert cells[4] == f"{min(s.values):.2f} %"
         assert s.agreement is not None
-        assert float(cells[4].removesuffix(" %")) == pytest.approx(100 * s.agreement, abs=0.05)
-        assert cells[5] == str(s.evaluations)
-        assert cells[6] == f"{s.samples:,}"
-        assert cells[7] == s.sampler
-        assert cells[8] == {1: "80", 2: "80, 0.821", 18: "18 levels"}[s.steps]
-    assert re.search(r"two halves of the real images.*0\.310 %", rows[-1])
-    assert "it is not FID" in document
+        assert float(cells[5].removesuffix(" %")) == pytest.approx(100 * s.agreement, abs=0.05)
+        assert cells[6] == str(s.evaluations)
+        assert cells[7] == f"{s.samples:,} × {len(s.values)}"
+        assert cells[8] == s.sampler
+        assert cells[9] == {1: "80", 2: "80, 0.821", 18: "18 levels"}[s.steps]
+        assert cells[10] == s.protocol.digest[:8]
+    assert re.search(r"two halves of the real images.*0\.31 %", rows[-1])
+    assert "It is not FID" in document
 
 
 def test_changed_figures_change_the_page_and_the_old_ones_are_gone() -> None:
-    scores = tuple(dataclasses.replace(s, distance=4.567, percent=46.25) for s in SCORES)
-    document = html.render(page(evaluation=evaluation("other", scores)))
+    scores = tuple(dataclasses.replace(s, values=(46.25,)) for s in SCORES)
+    document = html.render(page(evaluation=evaluation(*scores)))
     for s in SCORES:
-        assert svg.figure(s.distance, 4) not in document
-        assert f"{svg.figure(s.percent)} %" not in document
-    assert document.count("46.2 %") >= 5
-    assert "digits-frechet" not in document
+        assert f"{s.value:.2f} %" not in document
+    assert document.count("46.25 %") >= 5
+
+
+def test_only_the_verified_network_makes_a_page_that_says_fid() -> None:
+    def said(features: FeatureProtocol) -> str:
+        scores = tuple(
+            dataclasses.replace(s, protocol=dataclasses.replace(s.protocol, features=features))
+            for s in SCORES
+        )
+        given = page(reference=reference(features), evaluation=evaluation(*scores))
+        document = html.render(given)
+        table = document[document.index('<section id="metrics">') :]
+        return table[: table.index("</section>")]
+
+    assert "<b>fid</b>" in said(INCEPTION)
+    assert "not FID" not in said(INCEPTION)
+    assert "46." not in said(INCEPTION)
+    other = said(dataclasses.replace(INCEPTION, weights_sha256="0" * 64))
+    assert "<b>fd_inception_fid</b>" in other
+    assert "It is not FID" in other
+
+
+def test_each_protocol_is_told_whole_and_once() -> None:
+    document = html.render(page())
+    details = document[document.index("The protocols, field by field") :]
+    details = details[: details.index("</details>")]
+    digests = {s.protocol.digest[:8] for s in SCORES}
+    assert len(digests) == 3
+    for digest in digests:
+        assert details.count(f"<code>{digest}</code>") == 1
+    for key in ("weights_sha256", "resize", "quantise", "seed_blocks", "n_reference", "engine"):
+        assert details.count(f"<dt>{key}</dt>") == 3
+
+
+def test_metrics_of_sets_get_columns_of_their_own() -> None:
+    with_kid = dataclasses.replace(SCORES[1], secondary={"kid": 0.0123, "recall": 0.5})
+    scores = (SCORES[0], with_kid, *SCORES[2:])
+    document = html.render(page(evaluation=evaluation(*scores)))
+    table = document[document.index('<table class="metrics">') :]
+    heads = re.findall(r'<th scope="col">(.*?)</th>', table)
+    assert heads[6:8] == ["KID", "recall"]
+    rows = re.findall(r"<tr.*?</tr>", table[: table.index("</table>")])
+    assert len({row.count("<td>") + row.count("<th") for row in rows[1:]}) == 1
+    assert "<td>0.0123</td><td>0.500</td>" in rows[2]
 
 
 def test_lineage_names_every_fingerprint_and_digest_in_full() -> None:
@@ -300,7 +316,7 @@ def test_paths_with_spaces_are_quoted_and_passwords_left_out() -> None:
 
 def test_without_classes_no_class_is_spoken_of() -> None:
     scores = tuple(dataclasses.replace(s, agreement=None) for s in SCORES)
-    document = html.render(page(evaluation=evaluation("m", scores)))
+    document = html.render(page(evaluation=evaluation(*scores)))
     assert "take turns" not in document
     assert 'class="row head"' not in document
     assert "in the right class" not in document
@@ -315,24 +331,25 @@ def test_schedules_are_charts_when_they_move_and_facts_when_they_do_not() -> Non
 
 
 def test_images_of_one_class_have_no_class_agreement() -> None:
-    reference = dataclasses.replace(REFERENCE, accuracy=None)
+    single = dataclasses.replace(REFERENCE, accuracy=None)
     scores = tuple(dataclasses.replace(s, agreement=None) for s in SCORES)
-    changed = page(reference=reference, evaluation=evaluation(REFERENCE.metric, scores))
+    changed = page(reference=single, evaluation=evaluation(*scores))
     document = html.render(changed)
     text = "".join(Outline(document).text)
     assert "of the real images rightly" not in text
     assert "differences of that size say little." in text
     assert "None" not in text
     floor = document[document.index('<tr class="floor">') :]
-    assert floor[: floor.index("</tr>")].count("<td>–</td>") == 5  # one more than with classes
+    assert floor[: floor.index("</tr>")].count("<td>–</td>") == 8  # one more than with classes
 
 
 def test_times_of_a_mean_flow_are_not_taken_for_noise_levels() -> None:
     flow = {"sampler": "mean_flow", "levels": (1.0, 0.4508511)}
     scores = (*SCORES[:4], score("isolate", 2, 0.03528, **flow))
-    document = html.render(page(evaluation=evaluation("m", scores)))
+    document = html.render(page(evaluation=evaluation(*scores)))
     row = next(r for r in re.findall(r"<tr>.*?</tr>", document) if "mean_flow" in r)
-    assert row.endswith("<td>mean_flow</td><td>t = 1, 0.4509</td></tr>")
+    digest = scores[-1].protocol.digest[:8]
+    assert row.endswith(f"<td>mean_flow</td><td>t = 1, 0.4509</td><td><code>{digest}</code></td></tr>")
 
 
 SELECTION = html_training.Selection(
@@ -340,7 +357,7 @@ SELECTION = html_training.Selection(
     of="isolate",
     model=dataclasses.replace(trained("isolate"), ema="power-0.15", weights_sha256="e" * 64),
     candidates=tuple(
-        html_training.Candidate(name=name, percent=value, chosen=chosen, rebuilt=rebuilt)
+        html_training.Candidate(name=name, value=value, chosen=chosen, rebuilt=rebuilt)
         for name, value, chosen, rebuilt in (
             ("power-0.05", 0.612, False, False),
             ("power-0.1", None, False, False),
@@ -357,9 +374,9 @@ def test_the_averages_that_were_compared_are_a_table_with_one_published() -> Non
     rows = re.findall(r"<tr>.*?</tr>", section[: section.index("</section>")])[1:]
     cells = [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[dh].*?</t[dh]>", r)] for r in rows]
     assert cells == [
-        ["isolate", "power-0.05", "trained", "0.612 %"],
+        ["isolate", "power-0.05", "trained", "0.61 %"],
         ["isolate", "power-0.1", "trained", "not finite"],
-        ["isolate", "power-0.15 published", "rebuilt from snapshots", "0.487 %"],
+        ["isolate", "power-0.15 published", "rebuilt from snapshots", "0.49 %"],
     ]
     assert 'id="ema"' not in html.render(page())
 
@@ -409,8 +426,8 @@ def finished(tmp_path: Path, *more: str) -> dict[str, Committed[Any]]:
     }
     for name in more:
         if name.startswith("select_ema-"):
-            rows = [{"name": "power-0.1", "percent": 0.61, "chosen": False}]
-            rows += [{"name": "power-0.15", "percent": 0.52, "chosen": True}]
+            rows = [{"name": "power-0.1", "value": 0.61, "chosen": False}]
+            rows += [{"name": "power-0.15", "value": 0.52, "chosen": True}]
             (tmp_path / name / select_ema.TABLE).write_text(json.dumps(rows))
     for stage in {"teacher", "distill", "isolate", "truncate"} & set(inputs):
         lines = "".join(json.dumps(row) + "\n" for row in curve(stage))

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file as save_arrays
@@ -17,13 +19,15 @@ from consistency.config import NetworkConfig, NoiseConfig, PowerEMA, TeacherConf
 from consistency.ema import ema_update_, gamma_from_sigma_rel, power_beta
 from consistency.evaluation.domain import extract, feature_net_for
 from consistency.evaluation.frechet import GaussianStats
-from pipelines import yardstick
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel, content_of
 from pipelines.dag import StepContext
 from pipelines.recipe import Cluster, SelectConfig
+from pipelines.scoring import Job, Measured, in_process
 from pipelines.steps import select_ema
 from pipelines.steps.select_ema import SelectStage
 from pipelines.train_worker import snapshot_steps
+from pipelines.yardstick import Yardstick
+from tests.scores import DOMAIN, reference
 
 ABOUT = published.ModelDescription(
     kind="consistency",
@@ -45,9 +49,7 @@ SHARD = ShardSet(
     pixel_digest="p",
     manifest_sha256="m",
 )
-REFERENCE = ReferenceStats(
-    metric="fd", count=30, accuracy=1.0, total_variance=1.0, halves_percent=0.1
-)
+REFERENCE = reference(digest="p", count=30)
 STEPS = 60
 TRACKED = (0.05, 0.10, 0.15, 0.20)  # the last two stand for what the snapshots should rebuild
 TRAINED = ("power-0.05", "power-0.1")
@@ -116,25 +118,28 @@ def trained(folder: Path, snapshots: int = 6) -> Committed[TrainedModel]:
 
 @dataclass
 class Judge:
-    """Stands for the yardstick: an EMA scores its distance to the one that is wanted."""
+    """Stands for the measuring: an EMA scores its distance to the one that is wanted."""
 
     wanted: str
-    percents: dict[str, float] = field(default_factory=dict)  # said instead
-    asked: list[tuple[str, Any]] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)  # said instead
+    asked: list[tuple[str, Job]] = field(default_factory=list)
 
-    def __call__(self, *arguments: Any) -> "Judge":
-        return self
+    def __call__(
+        self, yardstick: Yardstick, jobs: Sequence[Job], *_: Any, **__: Any
+    ) -> list[Measured]:
+        return [self.measure(job) for job in jobs]
 
-    def measure(self, model: published.PublishedModel, samples: int, **sampling: Any) -> Any:
-        weights = model.function.net.state_dict()
+    def measure(self, job: Job) -> Measured:
+        weights = job.subject.load("cpu").function.net.state_dict()
 
         def distance(name: str) -> float:
             parts = zip(weights.values(), FINAL[name].values(), strict=True)
             return math.sqrt(sum(float(((a - b) ** 2).sum()) for a, b in parts))
 
         nearest = min(FINAL, key=distance)
-        self.asked.append((nearest, (model.description.mid_sigma, samples, sampling)))
-        return 0.0, self.percents.get(nearest, distance(self.wanted)), None, None
+        self.asked.append((nearest, job))
+        value = self.values.get(nearest, distance(self.wanted))
+        return Measured((value,), None, "", {}, np.zeros((1, 8, 8, 1), np.uint8))
 
 
 @dataclass
@@ -142,9 +147,10 @@ class Place:
     out: Path
     trained: Committed[TrainedModel]
     monkeypatch: pytest.MonkeyPatch
+    reference: ReferenceStats = REFERENCE
 
     def run(self, judge: Judge, mid_sigma: float = 0.7, **select: Any) -> TrainedModel:
-        self.monkeypatch.setattr(yardstick, "Yardstick", judge)
+        self.monkeypatch.setattr(select_ema, "measure_all", judge)
         return self.select(mid_sigma, **select)
 
     def select(self, mid_sigma: float = 0.7, **select: Any) -> TrainedModel:
@@ -152,7 +158,7 @@ class Place:
             step="select_ema-isolate",
             fingerprint="s",
             out=self.out,
-            work="",
+            work=str(self.out.parent / "work"),
             workspace="",
             tracking_uri="",
             experiment="",
@@ -167,12 +173,12 @@ class Place:
             ctx,
             SelectStage(select=SelectConfig(**select), mid_sigma=mid_sigma),
             shard=given("shard", SHARD),
-            reference=given("reference", REFERENCE),
+            reference=given("reference", self.reference),
             trained=self.trained,
         )
 
     def table(self) -> dict[str, float | None]:
-        return {row["name"]: row["percent"] for row in self.rows()}
+        return {row["name"]: row["value"] for row in self.rows()}
 
     def rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = json.loads((self.out / "ema.json").read_text())
@@ -190,8 +196,10 @@ def test_every_trained_average_and_every_width_asked_for_is_scored_once(place: P
     place.run(judge, sigma_rel=(0.05, 0.15, 0.20), samples=123, steps=2, seed=9)
     assert list(place.table()) == ["power-0.05", "power-0.1", "power-0.15", "power-0.2"]
     assert [name for name, _ in judge.asked] == list(place.table())
-    protocol = (0.7, 123, {"steps": 2, "seed": 9})  # the evaluation's second level, own noise
-    assert all(how == protocol for _, how in judge.asked)
+    for _, job in judge.asked:  # the evaluation's second level, own noise
+        assert json.loads(job.subject.description)["mid_sigma"] == 0.7
+        asked = job.protocol
+        assert (asked.samples, asked.steps, asked.seed, asked.seed_blocks) == (123, 2, 9, 1)
 
 
 @pytest.mark.parametrize("wanted", sorted(FINAL))
@@ -263,21 +271,28 @@ def test_of_equals_the_published_one_stays(place: Place) -> None:
     assert place.run(judge, sigma_rel=(0.15,)).ema == "power-0.05"
 
 
-def test_the_real_yardstick_finds_the_average_the_real_images_came_from(place: Place) -> None:
+def test_the_real_measuring_finds_the_average_the_real_images_came_from(place: Place) -> None:
     """The reference holds the very samples of one candidate, so its distance is zero."""
     net = feature_net_for(size=8, image_channels=1, num_classes=3)
     folder = place.out.parent / "reference"
     folder.mkdir()
     save_file(net.state_dict(), folder / "features.safetensors")
+    sha256 = hashlib.sha256((folder / "features.safetensors").read_bytes()).hexdigest()
     model = published.build(replace(ABOUT, mid_sigma=0.7), FINAL["power-0.1"])
     images = model.generate(range(200), steps=2, seed=4)
-    features = extract(net.eval(), images)
-    save_arrays(GaussianStats.from_features(features).to_dict(), folder / "stats.safetensors")
+    real = GaussianStats.from_features(extract(net.eval(), images)).gaussian
+    n = np.asarray(200, np.int64)
+    arrays = {"n": n, "mean": real.mean, "covariance": real.covariance}
+    save_arrays(arrays, folder / "stats.safetensors")
+    place.reference = reference(
+        replace(DOMAIN, weights_sha256=sha256), total_variance=float(real.covariance.trace())
+    )
+    place.monkeypatch.setattr(select_ema, "on_actors", lambda cluster: in_process)
     asked = {"sigma_rel": (0.15, 0.20), "samples": 200, "steps": 2, "seed": 4}
     assert place.select(0.7, **asked).ema == "power-0.1"
-    percents = place.table()
-    assert percents["power-0.1"] == pytest.approx(0, abs=1e-4)
-    assert all((percents[name] or 0) > 1e-2 for name in percents if name != "power-0.1")
+    values = place.table()
+    assert values["power-0.1"] == pytest.approx(0, abs=1e-4)
+    assert all((values[name] or 0) > 1e-2 for name in values if name != "power-0.1")
     # Other noise, or another second level, and it is no longer the same samples.
     place.select(0.7, **{**asked, "seed": 5})
     assert (place.table()["power-0.1"] or 0) > 1e-2

@@ -3,7 +3,9 @@ comparable.
 
     protocol    what was measured and how: names, digests, differences
     extractors  image -> features: the FID network and its company, checked by hash
+    specs       the published networks as facts: layers, sizes, hashes, where their weights come from
     frechet     mean and covariance as mergeable sums, and the Frechet distance
-    sets        metrics of whole feature sets: KID, precision, recall, density, coverage, FD-infinity
+    sets        metrics of whole feature sets: KID, Inception Score, precision and recall, FD-infinity
+    npz         statistics files of other projects
     domain      the small classifier trained on the data at hand
 """

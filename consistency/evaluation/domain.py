@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from consistency.evaluation.protocol import DOMAIN_FEATURES
 from consistency.sampling import from_uint8
 
-FEATURES = 64
 ROTATIONS = 4
 SMALLEST = 4  # side of the last feature map
 
@@ -56,8 +56,10 @@ class FeatureNet(nn.Module):
             conv = nn.Conv2d(c, width, 3, stride, padding=1, device="meta")
             self.convs.append(conv.to_empty(device="cpu"))
             c = width
-        self.hidden = nn.Linear(c * side * side, FEATURES, device="meta").to_empty(device="cpu")
-        self.head = nn.Linear(FEATURES, num_classes, device="meta").to_empty(device="cpu")
+        self.hidden = nn.Linear(c * side * side, DOMAIN_FEATURES, device="meta").to_empty(
+            device="cpu"
+        )
+        self.head = nn.Linear(DOMAIN_FEATURES, num_classes, device="meta").to_empty(device="cpu")
         for layer in [*self.convs, self.hidden, self.head]:
             assert isinstance(layer, nn.Conv2d | nn.Linear)
             assert layer.bias is not None
@@ -150,7 +152,7 @@ def train_feature_net(
 def extract(net: FeatureNet, images_u8: NDArray[np.uint8], batch: int = 500) -> NDArray[np.float32]:
     """images_u8 [N, H, W, C] -> features [N, 64]; the batch size does not change the result."""
     _check_images(net, images_u8)
-    out = np.empty((len(images_u8), FEATURES), np.float32)
+    out = np.empty((len(images_u8), DOMAIN_FEATURES), np.float32)
     with torch.no_grad():
         for x, where in _batches(net, images_u8, batch):
             out[where] = net.features(x).cpu().numpy()

@@ -13,6 +13,7 @@ FID_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 FID_BYTES = 95_628_359
 ENGINE = 1  # raise it when a change of code changes what a number means
 DOMAIN = "domain"  # the classifier trained on the data at hand: no fixed unit
+DOMAIN_FEATURES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +81,13 @@ class Protocol:
     def digest(self) -> str:
         return digest_of(self)
 
+    def flat(self) -> dict[str, str | int | None]:
+        """Every field on one level, as a record that can be compared key by key."""
+        fields = dataclasses.asdict(self)
+        return {**fields.pop("features"), "generator_precision": fields.pop("precision"), **fields}
+
 
 def digest_of(protocol: FeatureProtocol | Protocol) -> str:
     """16 hex digits over every field."""
     text = json.dumps(dataclasses.asdict(protocol), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def differences(one: Protocol, other: Protocol) -> list[str]:
-    """ "samples 2000 and 50000" for each field that differs; empty when comparable."""
-    left, right = _flat(one), _flat(other)
-    return [f"{key} {left[key]} and {right[key]}" for key in left if left[key] != right[key]]
-
-
-def _flat(protocol: Protocol) -> dict[str, str]:
-    fields = dataclasses.asdict(protocol)
-    fields = {
-        **fields.pop("features"),
-        **{f"generator {k}" if k == "precision" else k: v for k, v in fields.items()},
-    }
-    return {
-        key: str(value)[:12] if key in ("weights_sha256", "reference") else str(value)
-        for key, value in fields.items()
-    }

@@ -1,7 +1,6 @@
 """register: the best candidate becomes exactly one model version, and takes the alias or not."""
 
 import hashlib
-import json
 import math
 import os
 import tempfile
@@ -9,12 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.artifacts import Committed, Evaluation, RegisteredModel, ShardSet, TrainedModel
+from pipelines.artifacts import (
+    Committed,
+    Evaluation,
+    RegisteredModel,
+    Score,
+    ShardSet,
+    TrainedModel,
+)
 from pipelines.dag import StepContext
 from pipelines.recipe import RegisterConfig
+from pipelines.steps.evaluate import PROTOCOLS
 
 if TYPE_CHECKING:
     from consistency.published import ModelDescription
+    from infra.gate import Measurement
     from infra.registry import ModelPackage
 
 REQUIREMENTS = ("mlflow>=3.17,<4", "torch>=2.6", "numpy>=2")
@@ -37,35 +45,35 @@ def run(
     evaluate: Committed[Evaluation],
     **candidates: Committed[TrainedModel],
 ) -> RegisteredModel:
-    """Register the candidate of lowest percent at `steps`; the gate decides about the alias."""
+    """Register the candidate of lowest distance at `steps`; the gate decides about the alias."""
     from consistency.published import ModelDescription
     from infra import registry, tracking
+    from infra.gate import Rule
 
     wanted = config.register
     name = best_candidate(evaluate.value, tuple(candidates), wanted.steps)
     trained = candidates[name]
-    percent = evaluate.value.score(name, wanted.steps).percent
+    score = evaluate.value.score(name, wanted.steps)
 
     text = ctx.fetch(trained, "config.json").read_text()
     # Sample as it was evaluated: the second level of two steps is a choice of the evaluation.
     description = replace(ModelDescription.from_json(text), mid_sigma=evaluate.value.mid_sigma)
     digest = artifact_digest(trained.value.weights_sha256, description.to_json())
 
-    percents = {
-        f"{evaluate.value.metric}/steps_{s.steps}": s.percent
+    metrics = {
+        f"{s.protocol.name}/steps_{s.steps}": s.value
         for s in evaluate.value.scores
         if s.candidate == name
     }
     lineage = {
         "cmforge.recipe": config.recipe,
         "cmforge.candidate": name,
-        "cmforge.metric": f"{evaluate.value.metric}, percent of total variance",
         "cmforge.dataset_digest": shard.value.pixel_digest,
         **{
             f"cmforge.fingerprint.{step.step}": step.fingerprint
             for step in (shard, teacher, trained, evaluate)
         },
-        **{f"cmforge.{key}": f"{value:.4f}" for key, value in percents.items()},
+        **{f"cmforge.{key}": f"{value:.4f}" for key, value in metrics.items()},
     }
     if commit := os.environ.get("GIT_COMMIT") or os.environ.get("GITHUB_SHA"):
         lineage["cmforge.git"] = commit
@@ -93,15 +101,15 @@ def run(
                 name=wanted.model,
                 alias=wanted.alias,
                 digest=digest,
-                distance=percent,
-                eval_digest=eval_digest(evaluate.value, shard.value, name, wanted.steps),
-                max_distance=wanted.max_distance,
+                measurement=measurement(score),
+                rule=Rule(max_distance=wanted.max_distance, allow_proxy=wanted.allow_proxy),
                 package=package(Path(scratch), weights, description, card),
                 tags=lineage,
-                metrics=percents,
+                metrics=metrics,
             )
-        grids = [ctx.fetch(evaluate, score.grid) for score in evaluate.value.scores]
-        tracking.log_artifacts(ctx.tracking_uri, run_id, grids)
+        shown = [PROTOCOLS, *(score.grid for score in evaluate.value.scores)]
+        files = [ctx.fetch(evaluate, file) for file in shown]
+        tracking.log_artifacts(ctx.tracking_uri, run_id, files)
         status = "FINISHED"
     finally:
         tracking.finish_run(ctx.tracking_uri, run_id, status)
@@ -111,7 +119,9 @@ def run(
         alias=wanted.alias if registered.holds_alias else None,
         candidate=name,
         digest=digest,
-        percent=percent,
+        metric=score.protocol.name,
+        value=score.value,
+        outcome=registered.outcome,
         decision=registered.decision,
     )
 
@@ -127,11 +137,11 @@ def lost(tracking_uri: str | None, workspace: str, value: RegisteredModel) -> st
 
 
 def best_candidate(evaluation: Evaluation, candidates: tuple[str, ...], steps: int) -> str:
-    """The one of lowest percent at `steps`; a distance that is not finite comes last."""
+    """The one of lowest distance at `steps`; a distance that is not finite comes last."""
 
     def rank(name: str) -> tuple[bool, float]:
-        percent = evaluation.score(name, steps).percent
-        return not math.isfinite(percent), percent
+        value = evaluation.score(name, steps).value
+        return not math.isfinite(value), value
 
     return min(candidates, key=rank)
 
@@ -141,19 +151,17 @@ def artifact_digest(weights_sha256: str, config_json: str) -> str:
     return hashlib.sha256(f"{weights_sha256}\n{config_json}".encode()).hexdigest()
 
 
-def eval_digest(evaluation: Evaluation, shard: ShardSet, candidate: str, steps: int) -> str:
-    """Distances compare only under one metric, reference, sample count and step count.
+def measurement(score: Score) -> "Measurement":
+    """What the gate weighs: the number over its seed blocks, its protocol, and what is beside."""
+    from infra.gate import Measurement
 
-    The floor stands for the reference: it changes with the feature net and with the images.
-    """
-    protocol = {
-        "metric": evaluation.metric,
-        "floor_percent": evaluation.floor_percent,
-        "dataset": shard.pixel_digest,
-        "samples": evaluation.score(candidate, steps).samples,
-        "steps": steps,
-    }
-    return hashlib.sha256(json.dumps(protocol, sort_keys=True).encode()).hexdigest()
+    return Measurement(
+        name=score.protocol.name,
+        unit=score.protocol.features.unit,
+        values=score.values,
+        protocol=score.protocol.flat(),
+        secondary={**score.secondary, "evaluations": float(score.evaluations)},
+    )
 
 
 def package(
@@ -185,6 +193,23 @@ def package(
     )
 
 
+def about_metric(evaluation: Evaluation) -> str:
+    """What the number is, in a sentence or two."""
+    features = evaluation.features
+    text = (
+        f"`{evaluation.metric}` is the Frechet distance of {features.dim} features "
+        f"({features.extractor}, weights {features.weights_sha256[:12]}, layer {features.layer})"
+    )
+    if features.unit:
+        text += ", in percent of the total variance of the real images"
+    text += "; mean, standard deviation and lowest are over seed blocks."
+    if evaluation.metric != "fid":
+        text += " It is not FID, and compares with no published one."
+    if evaluation.floor is not None:
+        text += f" Two halves of the real images are {evaluation.text(evaluation.floor)} apart."
+    return text
+
+
 def model_card(
     config: RegisterStage,
     candidate: str,
@@ -197,7 +222,8 @@ def model_card(
     name, alias = config.register.model, config.register.alias
     conditional = ", ".join(about.class_names) if about.num_classes else "none (unconditional)"
     rows = [
-        f"| {s.steps} | {s.evaluations} | {s.samples:,} | {s.percent:.2f} % |"
+        f"| {s.steps} | {s.evaluations} | {s.samples:,} | {evaluation.text(s.value)} | "
+        f"{'' if s.std is None else evaluation.text(s.std)} | {evaluation.text(s.lowest)} |"
         for s in evaluation.scores
         if s.candidate == candidate
     ]
@@ -209,12 +235,11 @@ def model_card(
             f"channel(s): the {candidate} candidate of the cmforge recipe `{config.recipe}`, "
             f"learned from {shard.count:,} images. Classes: {conditional}.",
             "",
-            f"| steps | network calls | samples | {evaluation.metric} |",
-            "| ---: | ---: | ---: | ---: |",
+            f"| steps | network calls | samples | {evaluation.metric}, mean | std | lowest |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: |",
             *rows,
             "",
-            f"`{evaluation.metric}` is in percent of the total variance of the real images; two "
-            f"halves of the real images are {evaluation.floor_percent:.2f} % apart.",
+            about_metric(evaluation),
             "",
             "```python",
             "import mlflow, pandas as pd",

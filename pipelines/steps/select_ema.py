@@ -7,20 +7,16 @@ rebuilt from them (Sec. 3.2, EDM2).
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from consistency.config import PowerEMA
+from infra import storage
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel
 from pipelines.dag import StepContext
 from pipelines.recipe import SelectConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Load = Callable[[], dict[str, Tensor]]
+from pipelines.scoring import Job, Subject, measure_all, on_actors
+from pipelines.yardstick import Yardstick
 
 TABLE = "ema.json"
 
@@ -47,43 +43,59 @@ def run(
 ) -> TrainedModel:
     """The same model with the weights of its best EMA; `ema.json` says how every one scored.
 
-    The lowest percent wins, a distance that is not finite comes last.
+    The lowest distance wins, a distance that is not finite comes last.
     """
     import torch
-    from safetensors.torch import save
 
-    from consistency import published
-    from infra import storage
-    from pipelines.yardstick import Yardstick
+    from consistency.published import ModelDescription
 
-    candidates = _candidates(ctx, config.select, trained)
-    assert len(candidates) > 1, "the recipe sees to it"
-    torch.set_num_threads(1)  # the one CPU this step holds
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    yardstick = Yardstick(ctx, shard, reference, device)
-    about = published.ModelDescription.from_json(ctx.fetch(trained, "config.json").read_text())
+    torch.set_num_threads(1)  # merging waits for the evaluators
+    select = config.select
+    about = ModelDescription.from_json(ctx.fetch(trained, "config.json").read_text())
     about = replace(about, mid_sigma=config.mid_sigma)
-
-    percents: dict[str, float] = {}
-    for name, load in candidates.items():
-        model = published.build(about, load())
-        model.function.to(device)
-        _, percents[name], _, _ = yardstick.measure(
-            model, config.select.samples, steps=config.select.steps, seed=config.select.seed
+    yardstick = Yardstick.of(shard, reference)
+    protocol = yardstick.protocol(
+        samples=select.samples,
+        seed_blocks=1,
+        seed=select.seed,
+        steps=select.steps,
+        allow_rank_deficient=select.allow_rank_deficient,
+    )
+    urls = _candidates(ctx, select, trained)
+    assert len(urls) > 1, "the recipe sees to it"
+    jobs = [
+        Job(
+            subject=Subject(
+                name=name,
+                description=about.to_json(),
+                weights_url=url,
+                weights_sha256=storage.sha256(url),
+            ),
+            protocol=protocol,
         )
-    chosen = min(percents, key=lambda name: (not math.isfinite(percents[name]), percents[name]))
+        for name, url in urls.items()
+    ]
+    found = measure_all(
+        yardstick,
+        jobs,
+        on_actors(ctx.cluster),
+        work=ctx.work,
+        save_every=ctx.cluster.checkpoint_every_seconds,
+        threads=ctx.cluster.cpus_per_evaluator,
+    )
+    values = {name: one.values[0] for name, one in zip(urls, found, strict=True)}
+    chosen = min(values, key=lambda name: (not math.isfinite(values[name]), values[name]))
 
-    data = save({name: tensor.contiguous() for name, tensor in candidates[chosen]().items()})
-    (ctx.out / "weights.safetensors").write_bytes(data)
+    (ctx.out / "weights.safetensors").write_bytes(storage.read_bytes(urls[chosen]))
     for name in ("config.json", "curve.jsonl"):
         shutil.copyfile(ctx.fetch(trained, name), ctx.out / name)
     table = [
         {
             "name": name,
-            "percent": percent if math.isfinite(percent) else None,
+            "value": value if math.isfinite(value) else None,
             "chosen": name == chosen,
         }
-        for name, percent in percents.items()
+        for name, value in values.items()
     ]
     (ctx.out / TABLE).write_text(json.dumps(table, indent=1))
     return replace(
@@ -97,36 +109,36 @@ def run(
 
 def _candidates(
     ctx: StepContext, config: SelectConfig, trained: Committed[TrainedModel]
-) -> "dict[str, Load]":
-    """Weights by name of the EMA, read or rebuilt when they are called for."""
+) -> dict[str, str]:
+    """Name of the EMA -> its weights, where evaluators find them; the rebuilt ones in `work`."""
     model = trained.value
-    candidates: dict[str, Load] = {model.ema: partial(_read, ctx, trained, "weights")}
-    for name in model.emas:
-        candidates[name] = partial(_read, ctx, trained, f"ema/{name}")
+    files = {model.ema: "weights.safetensors"}
+    files |= {name: f"ema/{name}.safetensors" for name in model.emas}
+    urls = {}
+    for name, file in files.items():
+        ctx.fetch(trained, file)  # checked against the record
+        urls[name] = storage.join(trained.url, file)
     for sigma_rel in config.sigma_rel if model.snapshots else ():
         name = PowerEMA(sigma_rel=sigma_rel).name
-        if name not in candidates:
-            candidates[name] = partial(_rebuilt, ctx, trained, sigma_rel)
-    return candidates
+        if name not in urls:
+            urls[name] = storage.join(ctx.work, "rebuilt", f"{name}.safetensors")
+            storage.write_bytes(urls[name], _rebuilt(ctx, trained, sigma_rel))
+    return urls
 
 
-def _read(ctx: StepContext, trained: Committed[TrainedModel], name: str) -> "dict[str, Tensor]":
-    from safetensors.torch import load_file
-
-    weights: dict[str, Tensor] = load_file(ctx.fetch(trained, f"{name}.safetensors"))
-    return weights
-
-
-def _rebuilt(
-    ctx: StepContext, trained: Committed[TrainedModel], sigma_rel: float
-) -> "dict[str, Tensor]":
+def _rebuilt(ctx: StepContext, trained: Committed[TrainedModel], sigma_rel: float) -> bytes:
     """The power EMA of relative width `sigma_rel` at the end of training, from the snapshots."""
+    from safetensors.torch import load_file, save
+
     from consistency.ema import gamma_from_sigma_rel, post_hoc_ema
 
     snapshots = []
     for snapshot in trained.value.snapshots:  # power-0.05-1200: of width 0.05, at step 1200
         name, _, step = snapshot.rpartition("-")
         gamma = gamma_from_sigma_rel(float(name.removeprefix("power-")))
-        load = partial(_read, ctx, trained, f"snapshots/{snapshot}")
-        snapshots.append((float(step), gamma, load))
-    return post_hoc_ema(snapshots, float(trained.value.steps), gamma_from_sigma_rel(sigma_rel))
+        path = ctx.fetch(trained, f"snapshots/{snapshot}.safetensors")
+        snapshots.append((float(step), gamma, partial(load_file, path)))
+    steps = float(trained.value.steps)
+    weights = post_hoc_ema(snapshots, steps, gamma_from_sigma_rel(sigma_rel))
+    data: bytes = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    return data

@@ -1,0 +1,378 @@
+"""What each command does: heavy imports wait until they are needed."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from infra import storage
+from infra.errors import UserError
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from pipelines import config, dag, execution, graph
+    from pipelines.progress import Progress
+
+    recipe, cluster = _load(arguments)
+    steps = graph.build(recipe, cluster)
+    for name in arguments.force:
+        if name not in [step.name for step in steps]:
+            known = ", ".join(step.name for step in steps)
+            raise UserError(f"--force {name}: no such step; the steps are {known}")
+    lines = dag.plan(steps, cluster.workspace)
+    if arguments.dry_run:
+        _print_plan(lines, arguments.force)
+        return 0
+    lock = dag.lock_workspace(cluster.workspace)
+    try:
+        for line in lines:
+            if line.step.name in arguments.force:
+                dag.set_aside(cluster.workspace, line.step)
+        _warn_of_drift(lines, arguments.force)
+        text = config.resolved_yaml(recipe).encode()
+        storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
+        settings = dag.Settings(cluster.workspace, _tracking_uri(cluster), recipe.name, cluster)
+        events = execution.execute(steps, settings, lambda: _ray(cluster.address))
+        with (
+            _sigterm_as_interrupt(),
+            Progress(lines, cluster.workspace) as progress,
+            contextlib.closing(events),  # on an interrupt this cancels what runs
+        ):
+            for event in events:
+                progress.show(event)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    except execution.StepsFailed as failed:
+        return _explain(failed)
+    finally:
+        if lock is not None:
+            lock.close()
+    _print_result(steps, cluster.workspace)
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    from pipelines import dag, graph
+
+    recipe, cluster = _load(arguments)
+    _print_plan(dag.plan(graph.build(recipe, cluster), cluster.workspace), [])
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from pipelines import dag, graph
+    from pipelines.progress import training_line
+
+    recipe, cluster = _load(arguments)
+    print(f"{recipe.name} in {cluster.workspace}")
+    lines = dag.plan(graph.build(recipe, cluster), cluster.workspace)
+    width = max(10, *(len(line.step.name) for line in lines))
+    for line in lines:
+        state, detail = "done", ""
+        if line.committed is None:
+            work = storage.join(dag.home_of(cluster.workspace, line.step), "work")
+            state, detail = "open", training_line(work) or line.reason
+        else:
+            detail = f"{line.committed.seconds:.1f} s  {line.reason}"
+        print(f"  {line.step.name:<{width}} {state:<5} {line.fingerprint}  {detail}")
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    from pipelines import dag, graph
+
+    recipe, cluster = _load(arguments)
+    line = dag.plan(graph.build(recipe, cluster), cluster.workspace)[-1]
+    if line.committed is None:
+        recipe_name = arguments.recipe or recipe.name
+        raise UserError(f"no report yet: {line.reason}; run: cmforge run {recipe_name}")
+    page = storage.join(line.committed.url, line.committed.value.file)
+    if arguments.out:
+        storage.write_bytes(storage.absolute(arguments.out), storage.read_bytes(page))
+        page = storage.absolute(arguments.out)
+    print(page)
+    return 0
+
+
+def sample(arguments: argparse.Namespace) -> int:
+    from pipelines import sample
+
+    arguments.recipe, arguments.overrides = None, []
+    _, cluster = _load(arguments, recipe_needed=False)
+    path = sample.draw(
+        arguments.model,
+        cluster.workspace,
+        _tracking_uri(cluster) if (arguments.model or "").startswith("models:") else None,
+        num=arguments.num,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        label=arguments.label,
+        levels=None if arguments.levels is None else sample.levels_of(arguments.levels),
+        guidance=arguments.guidance,
+        out=Path(arguments.out),
+    )
+    print(path)
+    return 0
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    from pipelines import estimate
+
+    return estimate.show(arguments, _load(arguments, recipe_needed=False)[1])
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from pipelines import doctor
+
+    _, cluster = _load(arguments, recipe_needed=False)
+    checks = doctor.examine(cluster.workspace, cluster.tracking_uri)
+    for check in checks:
+        print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.detail}")
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    from pipelines import compare
+
+    if arguments.samples is not None and arguments.samples < 2:
+        raise UserError(f"--samples: {arguments.samples} must be at least 2")
+    recipe, cluster = _load(arguments)
+    compare.show(
+        (arguments.a, arguments.b),
+        recipe,
+        _yardstick(recipe, cluster),
+        workspace=cluster.workspace,
+        tracking_uri=_tracking_uri(cluster),
+        samples=arguments.samples,
+        out=Path(arguments.out),
+    )
+    return 0
+
+
+def reference_export(arguments: argparse.Namespace) -> int:
+    from consistency.evaluation.npz import write_npz
+
+    yardstick = _yardstick(*_load(arguments))
+    target = storage.absolute(arguments.file)
+    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+        local = Path(folder) / "statistics.npz"
+        write_npz(local, yardstick.statistics(), yardstick.reference.protocol)
+        storage.upload_file(str(local), target)
+    print(target)
+    return 0
+
+
+def weights_list(arguments: argparse.Namespace) -> int:
+    from pipelines import weights
+
+    for line in weights.table():
+        print(line)
+    return 0
+
+
+def weights_fetch(arguments: argparse.Namespace) -> int:
+    from pipelines import weights_fetch
+
+    print(weights_fetch.fetch(arguments.name))
+    return 0
+
+
+def weights_import(arguments: argparse.Namespace) -> int:
+    from pipelines import weights_fetch
+
+    print(weights_fetch.take(Path(arguments.path), arguments.name))
+    return 0
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+
+def _load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[Any, Any]:
+    """Recipe and cluster from the arguments; all their errors in one UserError."""
+    from pipelines import config
+
+    overrides = list(getattr(arguments, "overrides", []))
+    recipe_name = getattr(arguments, "recipe", None)
+    if recipe_name is not None and "=" in recipe_name:  # `status key=value`
+        recipe_name, overrides = None, [recipe_name, *overrides]
+    own = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
+    rest = [text for text in overrides if not text.startswith("cluster.")]
+    name = arguments.cluster or ("auto" if os.environ.get("RAY_ADDRESS") else "laptop")
+    try:
+        cluster = config.load_cluster(name, own)
+    except UserError as error:
+        if recipe_name is not None:
+            try:
+                config.load_recipe(recipe_name, rest)
+            except UserError as more:
+                raise UserError(f"{error}\n{more}") from None
+        raise
+    if arguments.workspace is not None:
+        cluster = replace(cluster, workspace=arguments.workspace)
+    if not cluster.workspace:
+        raise UserError("workspace: empty; name a folder or an fsspec URL with --workspace")
+    cluster = replace(cluster, workspace=storage.absolute(cluster.workspace))
+    if os.environ.get("MLFLOW_TRACKING_URI") and cluster.tracking_uri is None:
+        cluster = replace(cluster, tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
+    if not recipe_needed:
+        return None, cluster
+    if recipe_name is not None:
+        return _at_absolute_paths(config.load_recipe(recipe_name, rest)), cluster
+    saved = storage.join(cluster.workspace, "recipe.yaml")
+    if not storage.exists(saved):
+        raise UserError(
+            f"nothing has run in workspace {cluster.workspace}; name a recipe, "
+            f"or another --workspace"
+        )
+    if storage.is_local(saved):
+        return config.load_recipe(saved, rest), cluster
+    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+        local = os.path.join(folder, "recipe.yaml")
+        Path(local).write_bytes(storage.read_bytes(saved))
+        return config.load_recipe(local, rest), cluster
+
+
+def _at_absolute_paths(recipe: Any) -> Any:
+    """Relative paths are the shell's; workers and later commands may stand elsewhere."""
+    from consistency.method_config import ConsistencyConfig
+
+    if recipe.data.path is not None:
+        data = replace(recipe.data, path=storage.absolute(recipe.data.path))
+        recipe = replace(recipe, data=data)
+    recipe = replace(recipe, reference=_reference_at_absolute_paths(recipe.reference))
+    for name in ("distill", "isolate"):
+        stage = getattr(recipe, name)
+        if isinstance(stage, ConsistencyConfig) and stage.lpips is not None:
+            stage = replace(stage, lpips=storage.absolute(stage.lpips))
+            recipe = replace(recipe, **{name: stage})
+    return recipe
+
+
+def _reference_at_absolute_paths(reference: Any) -> Any:
+    from pipelines import weights
+
+    files = {
+        key: storage.absolute(getattr(reference, key))
+        for key in ("weights", "statistics")
+        if getattr(reference, key) is not None
+    }
+    extractor = tuple(
+        storage.absolute(entry) if weights.is_path(entry) else entry
+        for entry in reference.extractor
+    )
+    return replace(reference, extractor=extractor, **files)
+
+
+def _yardstick(recipe: Any, cluster: Any) -> Any:
+    """The feature network and statistics of a finished reference step."""
+    from pipelines import dag, graph
+    from pipelines.yardstick import Yardstick
+
+    lines = dag.plan(graph.build(recipe, cluster), cluster.workspace)
+    done = {line.step.name: line for line in lines}
+    shard, reference = done["shard"], done["reference"]
+    if shard.committed is None or reference.committed is None:
+        raise UserError(
+            f"no statistics of real images yet: {reference.reason}; run: cmforge run {recipe.name}"
+        )
+    return Yardstick.of(shard.committed, reference.committed)
+
+
+def _tracking_uri(cluster: Any) -> str:
+    from infra import tracking
+
+    return cluster.tracking_uri or tracking.default_tracking_uri(cluster.workspace)
+
+
+def _ray(address: str) -> Any:
+    """Only now does Ray start."""
+    from infra import ray_environment
+
+    ray_environment.prepare(address)
+    from infra.cluster import RayExecutor
+
+    return RayExecutor(address)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A polite kill (batch systems, `docker stop`) leaves as Ctrl-C does."""
+
+    def interrupt(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _print_plan(lines: Sequence[Any], forced: Sequence[str]) -> None:
+    width = max(10, *(len(line.step.name) for line in lines))
+    for line in lines:
+        state, reason = line.state, line.reason
+        if line.step.name in forced:
+            state, reason = "to run", "--force"
+        print(f"{line.step.name:<{width}} {state:<7} {line.fingerprint}  {reason}")
+    _warn_of_drift(lines, forced)
+    todo = sum(line.state == "to run" or line.step.name in forced for line in lines)
+    print(f"{len(lines) - todo} cached, {todo} to run")
+
+
+def _warn_of_drift(lines: Sequence[Any], forced: Sequence[str]) -> None:
+    """Results whose code has changed since are reused, but never silently."""
+    for line in lines:
+        if line.drifted and line.step.name not in forced:
+            shown = ", ".join(line.drifted[:5])
+            more = f" and {len(line.drifted) - 5} more" if len(line.drifted) > 5 else ""
+            print(
+                f"warning: {line.step.name} is reused, but its code has changed since: "
+                f"{shown}{more}; --force {line.step.name} runs it again",
+                file=sys.stderr,
+            )
+
+
+def _explain(failed: Any) -> int:
+    """Say what failed, where the traceback is, and what to do; exit code 2 for a user's mistake."""
+    for name, error in failed.failures.items():
+        if isinstance(error, UserError):
+            print(error, file=sys.stderr)
+        else:
+            message = getattr(error, "message", error)
+            log = f" (traceback: {failed.logs[name]})" if name in failed.logs else ""
+            print(f"step {name} failed: {message}{log}", file=sys.stderr)
+    mistakes = all(isinstance(error, UserError) for error in failed.failures.values())
+    if not mistakes:
+        print("the same command runs again what is not done", file=sys.stderr)
+    return 2 if mistakes else 1
+
+
+def _print_result(steps: Sequence[Any], workspace: str) -> None:
+    from pipelines import dag
+
+    done: dict[str, Any] = {}
+    for line in dag.plan(steps, workspace):
+        assert line.committed is not None, f"{line.step.name} is not done: {line.reason}"
+        done[line.step.name] = line.committed
+    evaluation, model, page = done["evaluate"].value, done["register"].value, done["report"]
+    print()
+    for score in evaluation.scores:
+        steps_text = f"{score.evaluations} evaluation{'s' if score.evaluations > 1 else ''}"
+        spread = "" if score.std is None else f" ± {evaluation.text(score.std)}"
+        of = " of the variance of the real images" if evaluation.features.unit else ""
+        print(
+            f"  {score.candidate:<8} {steps_text:<15} {score.protocol.name} "
+            f"{evaluation.text(score.value)}{spread}{of}"
+        )
+    print(
+        f"model   {model.name} version {model.version} (from {model.candidate}): {model.decision}"
+    )
+    print(f"report  {storage.join(page.url, page.value.file)}")
