@@ -16,7 +16,6 @@ from pipelines.yardstick import Yardstick, as_local
 
 if TYPE_CHECKING:
     from consistency.evaluation.extractors import Features
-
     from consistency.evaluation.frechet import Gaussian, GaussianStats
 
 SUMS = "sums.safetensors"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from pipelines import svg
 from pipelines.artifacts import TrainedModel
@@ -18,6 +19,7 @@ class Training:
     stage: str
     model: TrainedModel
     curve: Sequence[Mapping[str, float]]
+    watched: Sequence[Mapping[str, Any]] = ()  # distances while it trained, one line per number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,8 @@ def _training(t: Training) -> str:
         ("final loss", figure(m.final_loss, 4)),
         ("EMA", m.ema),
     ]
+    if m.best is not None:
+        facts.append(("best distance", f"{m.best}"))
     series = {key: _series(t.curve, key) for key in ("loss", "images_per_second", "N", "mu")}
     for key, name in (("N", "grid points N"), ("mu", "target decay μ")):
         if len({y for _, y in series[key]}) == 1:  # a flat line is a fact, not a chart
@@ -74,6 +78,12 @@ def _training(t: Training) -> str:
         "N": "grid points N(k)",
         "mu": "target decay μ(k)",
     }
+    for line in t.watched:
+        if line["ema"] == m.ema:
+            key = f"watch-{line['steps']}"
+            steps = f"{line['steps']} step{'s' if line['steps'] > 1 else ''}"
+            names[key] = escape(f"{line['name']}, {steps}")
+            series.setdefault(key, []).append((line["images"], line["value"]))
     drawn = [(key, points) for key, points in series.items() if points]
     note = {key: "" if key == "images_per_second" else _log_note(p) for key, p in drawn}
     charts = "".join(

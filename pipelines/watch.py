@@ -183,13 +183,15 @@ class _Tools:
         yardstick: Yardstick,
         device: Any,
     ) -> None:
+        import torch
+
         from consistency import published
 
-        self.about = replace(about, mid_sigma=job.mid_sigma)
-        net = published.build_network(self.about)
-        self.model = published.build(self.about, net.state_dict())
+        with torch.random.fork_rng(devices=[]):  # a new network draws its weights, on the CPU
+            about = replace(about, mid_sigma=job.mid_sigma)
+            self.model = published.build(about, published.build_network(about).state_dict())
+            self.extractor = yardstick.network.load(str(device))
         self.model.function.to(device)
-        self.extractor = yardstick.network.load(str(device))
         self.reference: Gaussian = yardstick.statistics()
         self.reported = yardstick.reference.reported
         self.protocols = {

@@ -102,7 +102,7 @@ def refuse(capsys, tmp_path):
             "noise: {sigma_min: 100, sigma_max: 80}\nteacher:",
             "mine.yaml:6:20: noise.sigma_min: 100.0 must be < sigma_max (80.0)",
         ),
-        ("model: tiny", "model: a b", "mine.yaml:25:19: register.model: 'a b' may hold letters"),
+        ("model: tiny", "model: a b", "mine.yaml:26:19: register.model: 'a b' may hold letters"),
         ("method: cd", "method: dc", "mine.yaml:12:11: distill.method: unknown method dc"),
         ("seed: 3", "seed: [", "mine.yaml:5:1: not valid YAML: "),
     ],

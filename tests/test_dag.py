@@ -610,7 +610,7 @@ def test_stages_that_train_run_side_by_side_only_if_all_their_workers_fit(
     tmp_path, cpus, workers, at_once
 ):
     place = Place(str(tmp_path), Cluster(workers=workers, address="auto"), InProcess(cpus=cpus))
-    trains = {"cpus": 0, "trains": True}
+    trains = {"cpus": 0, "gang": "workers"}
     assert sorted(place.run(diamond(b=trains, c=trains))) == ["a", "b", "c", "d"]
     assert place.executor.most_at_once == at_once
 
@@ -624,10 +624,23 @@ def test_workers_that_this_machine_cannot_hold_are_refused_before_anything_runs(
     cluster = Cluster(workers=3, cpus_per_worker=2)
     place = Place(str(tmp_path), cluster, InProcess(cpus=4.0))
     with pytest.raises(UserError, match=r"^cluster\.workers: 3 .* need 6 CPUs, .* has 4; "):
-        place.run(diamond(d={"trains": True}))
+        place.run(diamond(d={"gang": "workers"}))
     assert RAN == []
     assert place.executor.closed
+    one = Cluster(cpus_per_evaluator=5)
+    with pytest.raises(UserError, match=r"^cluster\.evaluators: 1 .* need 5 CPUs, .* has 4; "):
+        Place(str(tmp_path), one, InProcess(cpus=4.0)).run(diamond(d={"gang": "evaluators"}))
+    place = Place(str(tmp_path), cluster, InProcess(cpus=4.0))
     assert place.run(diamond()) != []  # nothing trains: nothing to refuse
+
+
+def test_evaluation_starts_with_room_for_one_evaluator(tmp_path):
+    """The others join when there is room, so they are not waited for."""
+    cluster = Cluster(evaluators=8, address="auto")
+    place = Place(str(tmp_path), cluster, InProcess(cpus=2.0))
+    scores = {"cpus": 0, "gang": "evaluators"}
+    assert sorted(place.run(diamond(b=scores, c=scores))) == ["a", "b", "c", "d"]
+    assert place.executor.most_at_once == 2
 
 
 # --- places --------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def outcome(workspace):
     """What must not depend on interruptions: weights, scores, pixels."""
     done = records(workspace)
     rows = done["evaluate"]["value"]["scores"]
-    scores = [(row["candidate"], row["steps"], row["percent"]) for row in rows]
+    scores = [(row["candidate"], row["protocol"]["steps"], row["values"]) for row in rows]
     weights = {step: done[step]["value"]["weights_sha256"] for step in TRAINING}
     return weights, scores, done["shard"]["value"]["manifest_sha256"]
 
@@ -256,12 +256,12 @@ def test_every_stage_there_is_runs_once_and_a_new_selection_trains_nothing(tmp_p
     for name, rows in tables.items():
         (chosen,) = (row["name"] for row in rows if row["chosen"])
         assert done[f"select_ema-{name}"]["value"]["ema"] == chosen
-        assert min(row["percent"] for row in rows) == next(
-            row["percent"] for row in rows if row["chosen"]
+        assert min(row["value"] for row in rows) == next(
+            row["value"] for row in rows if row["chosen"]
         )
 
     levels = {
-        (row["candidate"], row["steps"]): (row["sampler"], row["levels"])
+        (row["candidate"], row["protocol"]["steps"]): (row["sampler"], row["levels"])
         for row in done["evaluate"]["value"]["scores"]
     }
     assert levels["distill", 2] == levels["truncate", 2] == ("multistep", [80.0, 1.2])

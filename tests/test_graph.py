@@ -81,7 +81,7 @@ def test_without_the_new_keys_the_graph_is_the_spine():
 def test_truncate_follows_its_first_stage_and_is_one_more_candidate(first):
     built = steps(*TRUNCATED, f"truncate.of={first}", *NULL_BOUNDARY.get(first, []))
     assert inputs(built["truncate"]) == {"shard": "shard", "first": first}
-    assert built["truncate"].trains
+    assert built["truncate"].gang == "workers"
     for name in ("evaluate", "register"):
         given = inputs(built[name])
         assert [given[c] for c in ("distill", "isolate", "truncate")] == [
@@ -94,7 +94,7 @@ def test_a_selection_stands_between_each_candidate_and_its_evaluation():
     for name in ("distill", "isolate", "truncate"):
         selection = built[f"select_ema-{name}"]
         assert inputs(selection) == {"shard": "shard", "reference": "reference", "trained": name}
-        assert not selection.trains
+        assert selection.gang == "evaluators"
         for judge in ("evaluate", "register"):
             assert inputs(built[judge])[name] == f"select_ema-{name}"
         given = inputs(built["report"])

@@ -1,6 +1,7 @@
 """Statistics files as other projects write them, and one clear line for each that is broken."""
 
 import dataclasses
+import io
 import json
 import zipfile
 
@@ -100,6 +101,10 @@ BROKEN = {
     "complex": ({"mu": MU, "sigma": SIGMA.astype(complex)}, "sigma is complex128"),
     "pickle": ({"mu": MU.astype(object), "sigma": SIGMA}, "unreadable .*pickle|Object arrays"),
     "pickled n": ({"mu": MU, "sigma": SIGMA, "n": np.array(None)}, "unreadable"),
+    "long header": (
+        {"mu": np.zeros(2, [(f"field {i}", "f8") for i in range(1_000)]), "sigma": SIGMA},
+        "unreadable .*Header",
+    ),
     "n of none": ({"mu": MU, "sigma": SIGMA, "n": 0}, "n must be one whole number"),
     "n of a half": ({"mu": MU, "sigma": SIGMA, "n": 50.5}, "n must be one whole number"),
     "many n": ({"mu": MU, "sigma": SIGMA, "n": [5, 5]}, "n must be one whole number"),
@@ -140,6 +145,19 @@ def flipped(data):
     return data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
 
 
+def deflated_wrongly(data):
+    """The compressed stream of sigma begins with a block of a kind that does not exist."""
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    member = io.BytesIO()
+    with zipfile.ZipFile(member, "w", zipfile.ZIP_DEFLATED) as copy:
+        for name in archive.namelist():
+            copy.writestr(name, archive.read(name))
+        offset = copy.getinfo("sigma.npy").header_offset + 30 + len("sigma.npy")
+    data = bytearray(member.getvalue())
+    data[offset] |= 0b110
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
@@ -147,6 +165,7 @@ def flipped(data):
         (lambda data: b"", "not an .npz file"),
         (lambda data: b"\x80\x04N.", "not an .npz file"),  # a pickle
         (flipped, "unreadable .*CRC"),
+        (deflated_wrongly, "unreadable .*block"),
     ],
 )
 def test_damaged_files_are_refused(tmp_path, damage, reason):

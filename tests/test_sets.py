@@ -1,12 +1,18 @@
 """Metrics of whole sets against their definitions, loop by loop, on small sets."""
 
+import io
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 
 from consistency.evaluation import sets
+from consistency.evaluation.extractors import load_extractor
 from consistency.evaluation.frechet import Gaussian, GaussianStats, frechet_distance
 from consistency.evaluation.sets import (
     Manifold,
@@ -17,6 +23,8 @@ from consistency.evaluation.sets import (
     precision_recall_density_coverage,
     squared_mmd,
 )
+
+DATA = Path(os.environ.get("CMFORGE_TEST_DATA", Path(__file__).parents[1] / "../shared/data"))
 
 
 def normal(n, dim=6, seed=0, shift=0.0):
@@ -73,12 +81,13 @@ def test_kid_averages_to_the_mmd_of_the_whole():
     assert std > 0
 
 
-def test_kid_subsets_are_capped_at_the_smaller_set():
+def test_kid_subsets_are_capped_at_the_smaller_set(monkeypatch):
     x, y = normal(30, seed=1), normal(30, seed=2, shift=0.5)
     mean, std = kid(x, y, subsets=3)
     assert mean == pytest.approx(squared_mmd(x, y), rel=1e-9)
     assert std < 1e-12
-    kid(x, normal(5, seed=3), subsets=2, subset_size=10)
+    monkeypatch.setattr(sets, "_squared_mmd", lambda a, b, scale: 100 * len(a) + len(b))
+    assert kid(x, y[:5], subsets=2, subset_size=10) == (505, 0)
 
 
 def test_kid_depends_on_its_seed_alone():
@@ -218,3 +227,39 @@ def test_fd_infinity_depends_on_its_seed_alone():
 def test_sets_that_allow_no_metric_are_refused(call, reason):
     with pytest.raises(ValueError, match=reason):
         call()
+
+
+# --- real images ---------------------------------------------------------------------------------
+
+
+def cifar(sheet):
+    """1,000 of the training images, in order: uint8 [1000, 32, 32, 3]."""
+    tiles = np.asarray(Image.open(DATA / f"cifar10/train_{sheet:02d}.webp").convert("RGB"))
+    return tiles.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(-1, 32, 32, 3)
+
+
+def jpeg(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=75)
+    return np.asarray(Image.open(file))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "cifar10").is_dir(), reason="real data (CMFORGE_TEST_DATA) absent")
+def test_real_sets_measure_as_recorded_and_recall_sees_the_jpeg():
+    extract = load_extractor("squeezenet11", DATA / "weights/squeezenet11_fp32.safetensors")
+    images, others = (np.concatenate([cifar(s) for s in pair]) for pair in ((0, 1), (5, 6)))
+    one, two = extract(images).pooled, extract(others).pooled
+    lossy = extract(np.stack([jpeg(image) for image in images])).pooled
+
+    same = precision_recall_density_coverage(two, one)
+    measured = (same.precision, same.recall, same.density, same.coverage)
+    assert measured == pytest.approx((0.696, 0.727, 0.921, 0.867), abs=3e-3)
+    worse = precision_recall_density_coverage(two, lossy)
+    assert worse.precision > same.precision - 0.04
+    assert worse.recall < same.recall - 0.08
+    assert worse.coverage < same.coverage - 0.06
+
+    kept, std = kid(one, two, subsets=20)
+    assert abs(kept) < std
+    assert kid(lossy, two, subsets=20)[0] > 10 * std

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines import html
+from pipelines import html, watch
 from pipelines.artifacts import (
     Committed,
     Evaluation,
@@ -66,7 +66,13 @@ def run(
         shard=shard.value,
         reference=reference.value,
         trainings=tuple(
-            Training(stage=c.step, model=c.value, curve=_curve(ctx, c)) for c in trained
+            Training(
+                stage=c.step,
+                model=c.value,
+                curve=_lines(ctx, c, "curve.jsonl"),
+                watched=_lines(ctx, c, watch.LOG) if c.value.watched else (),
+            )
+            for c in trained
         ),
         selections=tuple(_selection(ctx, c, trained) for c in selected.values()),
         evaluation=evaluate.value,
@@ -79,8 +85,10 @@ def run(
     return Report(file=FILE, bytes=len(document))
 
 
-def _curve(ctx: StepContext, trained: Committed[TrainedModel]) -> Sequence[Mapping[str, float]]:
-    lines = ctx.fetch(trained, "curve.jsonl").read_text(encoding="utf-8").splitlines()
+def _lines(
+    ctx: StepContext, trained: Committed[TrainedModel], name: str
+) -> Sequence[Mapping[str, Any]]:
+    lines = ctx.fetch(trained, name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line]
 
 
