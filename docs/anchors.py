@@ -12,7 +12,6 @@ its weights in float32, and hold for the half-precision file to about 1e-4.
 
 import argparse
 import functools
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from consistency.evaluation.extractors import Extractor, load_extractor
 from consistency.evaluation.frechet import GaussianStats, frechet_distance
@@ -33,7 +31,7 @@ CHUNK = 1_000  # images whose features are kept for other rows
 Images = NDArray[np.uint8]
 Part = tuple[str, int, int]  # source, first image, image past the last
 
-TRAIN, TEST, JPEG = "cifar10 train", "cifar10 test", "jpeg of cifar10 train"
+TRAIN, TEST = "cifar10 train", "cifar10 test"
 F_TRAIN, F_TEST = "fashion train", "fashion test"
 A, B = (TRAIN, 0, 5_000), (TRAIN, 5_000, 10_000)
 A1, A2 = (TRAIN, 0, 1_000), (TRAIN, 0, 2_000)
@@ -59,23 +57,17 @@ ROWS = (
     Row(SQUEEZE, (F_TRAIN, 0, 5_000), (F_TEST, 0, 5_000), 126.298627),
     Row(SQUEEZE, (F_TRAIN, 0, 1_000), (F_TEST, 0, 5_000), 361.924563),
     Row(SQUEEZE, A, (F_TRAIN, 0, 5_000), 11063.150554),
-    Row(SQUEEZE, (JPEG, 0, 5_000), A, 530.524039),
-    Row(SQUEEZE, (JPEG, 0, 5_000), B, 643.504447),
     Row(GOOGLE, A, None, 4419.9118),
     Row(GOOGLE, A1, B, 571.588488),
     Row(GOOGLE, A2, B, 321.039720),
     Row(GOOGLE, A, B, 188.474134),
     Row(GOOGLE, (F_TRAIN, 0, 2_000), (F_TEST, 0, 2_000), 217.688824),
     Row(GOOGLE, A2, (F_TRAIN, 0, 2_000), 3944.214714),
-    Row(GOOGLE, (JPEG, 0, 2_000), A2, 446.444283),
-    Row(GOOGLE, (JPEG, 0, 2_000), B, 577.307661),
     Row(RESNET, A, None, 39.4685),
     Row(RESNET, A1, B, 0.167203),
     Row(RESNET, A2, B, 0.094406),
     Row(RESNET, A, B, 0.075495),
     Row(RESNET, A, (TEST, 0, 1_000), 0.220594),
-    Row(RESNET, (JPEG, 0, 2_000), A2, 2.269608),
-    Row(RESNET, (JPEG, 0, 2_000), B, 2.549960),
 )
 
 
@@ -84,8 +76,6 @@ def measurer(data: Path) -> Callable[[Row], float]:
 
     @functools.cache
     def images(source: str) -> Images:
-        if source == JPEG:
-            return np.stack([as_jpeg(image) for image in images(TRAIN)[:5_000]])
         folder, split = source.split()
         kind, path = ("sheets", "cifar10") if folder == "cifar10" else ("idx", "fashion-mnist")
         found = open_source(
@@ -114,13 +104,6 @@ def measurer(data: Path) -> Callable[[Row], float]:
         return frechet_distance(one, statistics(row.network, row.other))
 
     return measure
-
-
-def as_jpeg(image: Images) -> Images:
-    """Through JPEG at quality 75 with the colours at half resolution."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=75, subsampling="4:2:0")
-    return np.asarray(Image.open(file))
 
 
 def described(part: Part | None) -> str:

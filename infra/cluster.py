@@ -164,7 +164,7 @@ def map_on_actors(
     item by a few per actor only, so a caller who merges in order holds no more than that.
     """
     queue = _Items(len(items), ahead=AHEAD * actors)
-    remote = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=gpus)
+    remote: Any = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=gpus)
     starting: dict[Any, Any] = {}  # ref of readiness -> actor
     running: dict[Any, tuple[Any, int]] = {}  # ref of a result -> actor, item
     idle: list[Any] = []

@@ -102,6 +102,15 @@ def decide(
     return Decision(outcome, f"{me} is {rank}{by}: {found}")
 
 
+def margin_of(candidate: Measurement, champion: Measurement) -> float:
+    """What the difference of two means must exceed to count."""
+    floor = FLOOR * abs(mean(champion.values))
+    if len(candidate.values) == 1:
+        return floor
+    pooled = math.hypot(stdev(candidate.values), stdev(champion.values)) / math.sqrt(2)
+    return max(2 * pooled, floor)
+
+
 def differences(one: Measurement, other: Measurement) -> list[str]:
     """ "samples: 2000 and 50000" for each field that differs; empty when comparable."""
     left, right = ({"metric": m.name, "unit": m.unit or "none", **m.protocol} for m in (one, other))
@@ -149,13 +158,10 @@ def _gap(candidate: Standing, champion: Standing) -> str | None:
 def _compare(candidate: Standing, champion: Standing) -> tuple[Outcome, str]:
     """Two complete records of one protocol: the outcome, and the numbers in words."""
     mine, theirs = mean(candidate.values), mean(champion.values)
-    d, floor = mine - theirs, FLOOR * abs(theirs)
+    d, margin = mine - theirs, margin_of(candidate, champion)
+    note = ""
     if len(candidate.values) == 1:
-        margin = floor
         note = f" (1 % of version {champion.version}'s; the spread of one seed block is unknown)"
-    else:
-        pooled = math.hypot(stdev(candidate.values), stdev(champion.values)) / math.sqrt(2)
-        margin, note = max(2 * pooled, floor), ""
     text = candidate.text
     limit = f"the margin of {text(margin)}{note}"
     his = f"{text(theirs)} of version {champion.version}"

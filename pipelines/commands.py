@@ -68,7 +68,7 @@ def plan(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     from pipelines import dag, graph
-    from pipelines.progress import training_line
+    from pipelines.progress import progress_line
 
     recipe, cluster = _load(arguments)
     print(f"{recipe.name} in {cluster.workspace}")
@@ -78,7 +78,7 @@ def status(arguments: argparse.Namespace) -> int:
         state, detail = "done", ""
         if line.committed is None:
             work = storage.join(dag.home_of(cluster.workspace, line.step), "work")
-            state, detail = "open", training_line(work) or line.reason
+            state, detail = "open", progress_line(work) or line.reason
         else:
             detail = f"{line.committed.seconds:.1f} s  {line.reason}"
         print(f"  {line.step.name:<{width}} {state:<5} {line.fingerprint}  {detail}")

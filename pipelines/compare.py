@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from infra import gate, storage
@@ -38,7 +39,7 @@ def show(
     config = recipe.evaluate
     with tempfile.TemporaryDirectory(prefix="cmforge-compare-") as scratch:
         subjects = [
-            _subject(name, recipe, workspace, tracking_uri, Path(scratch) / str(number))
+            _subject(name, recipe, yardstick, workspace, tracking_uri, Path(scratch) / str(number))
             for number, name in enumerate(names)
         ]
         jobs = [
@@ -63,28 +64,41 @@ def show(
             save_every=float("inf"),
             threads=os.cpu_count() or 1,
         )
-    unit = yardstick.reference.protocol.unit
     print(f"A  {names[0]}\nB  {names[1]}\n")
     for row in range(0, len(jobs), 2):
-        steps, name = jobs[row].protocol.steps, jobs[row].protocol.name
-        print(f"{name}, {steps} step{'s' if steps > 1 else ''}")
-        a, b = (
-            _measurement(job, one)
-            for job, one in zip(jobs[row : row + 2], found[row:], strict=False)
-        )
-        for letter, one, measured in (("A", a, found[row]), ("B", b, found[row + 1])):
-            agreement = measured.agreement
-            right = "" if agreement is None else f"   {100 * agreement:.1f} % in the right class"
-            print(f"  {letter}  {gate.summary(one)}{right}")
-        print(f"  {gate.verdict(a, b, 'A', 'B')}\n")
-    sheet = _sheet(found)
+        _print_pair(jobs[row], *found[row : row + 2])
     with storage.mendable(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_bytes(png.encode_png(sheet))
+        out.write_bytes(png.encode_png(_sheet(found)))
+    print(f"samples   {out.resolve()} (rows A, B in one step, A, B in two; one noise per column)")
     print(f"protocols {', '.join(dict.fromkeys(job.protocol.digest for job in jobs))}")
-    print(f"samples   {out.resolve()} (same noise down each column: A, B in one step; A, B in two)")
-    if yardstick.reference.protocol.metric != "fid":
-        print(f"{yardstick.reference.protocol.metric} {unit and f'(in {unit}) '}is not FID")
+    if jobs[0].protocol.features.metric != "fid":
+        print(f"{jobs[0].protocol.features.metric} is not FID")
+
+
+def _print_pair(job: Job, a: Measured, b: Measured) -> None:
+    """Both numbers, and whether they differ by more than their spread."""
+    steps = job.protocol.steps
+    print(f"{job.protocol.name}, {steps} step{'s' if steps > 1 else ''}")
+    one, other = _measurement(job, a), _measurement(job, b)
+    for letter, measured in (("A", a), ("B", b)):
+        told = one.text(mean(measured.values))
+        if len(measured.values) > 1:
+            told += (
+                f" ± {one.text(stdev(measured.values))}, lowest {one.text(min(measured.values))}"
+            )
+        if measured.agreement is not None:
+            told += f", {100 * measured.agreement:.1f} % in the right class"
+        print(f"  {letter}  {told}")
+    gap, margin = mean(a.values) - mean(b.values), gate.margin_of(one, other)
+    if abs(gap) <= margin:
+        print(f"  apart by {one.text(abs(gap))}, within the margin of {one.text(margin)}\n")
+    else:
+        lower = "A" if gap < 0 else "B"
+        print(
+            f"  {lower} is lower by {one.text(abs(gap))}, more than the margin of "
+            f"{one.text(margin)}\n"
+        )
 
 
 def _measurement(job: Job, measured: Measured) -> gate.Measurement:
@@ -102,15 +116,17 @@ def _sheet(found: Sequence[Measured]) -> Any:
     import numpy as np
 
     rows = [measured.sheet[:COLUMNS] for measured in found]
-    shapes = {row.shape[1:] for row in rows}
-    if len(shapes) > 1:
-        raise UserError(f"compare: the models draw images of different shapes, {sorted(shapes)}")
     scale = png.tile_scale(int(rows[0].shape[1]))
     return png.grid(np.concatenate(rows), len(rows[0]), scale=scale)
 
 
 def _subject(
-    name: str, recipe: "Recipe", workspace: str, tracking_uri: str, scratch: Path
+    name: str,
+    recipe: "Recipe",
+    yardstick: Yardstick,
+    workspace: str,
+    tracking_uri: str,
+    scratch: Path,
 ) -> Subject:
     """A model as the evaluation wants it: weights by URL and hash, levels as the recipe's."""
     from consistency.published import ModelDescription
@@ -123,6 +139,13 @@ def _subject(
         about = replace(
             ModelDescription.from_json((folder / "config.json").read_text()),
             mid_sigma=recipe.evaluate.mid_sigma,
+        )
+    network = yardstick.network
+    mine, theirs = (about.size, about.channels), (network.size, network.channels)
+    if mine != theirs:
+        raise UserError(
+            f"{name} draws images of {mine[0]} pixels and {mine[1]} channels, the workspace's data "
+            f"have {theirs[0]} and {theirs[1]}; compare it in a workspace of its own data"
         )
     weights = folder / "weights.safetensors"
     return Subject(

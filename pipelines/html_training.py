@@ -83,7 +83,7 @@ def _training(t: Training) -> str:
             key = f"watch-{line['steps']}"
             steps = f"{line['steps']} step{'s' if line['steps'] > 1 else ''}"
             names[key] = escape(f"{line['name']}, {steps}")
-            series.setdefault(key, []).append((line["images"], line["value"]))
+            series[key] = [*series.get(key, ()), (line["images"], line["value"])]
     drawn = [(key, points) for key, points in series.items() if points]
     note = {key: "" if key == "images_per_second" else _log_note(p) for key, p in drawn}
     charts = "".join(

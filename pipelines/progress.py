@@ -87,7 +87,7 @@ class Progress:
         self.last_line = time.monotonic()
         seconds = f" {row.seconds:.1f} s" if row.state in ("done", "cached") else ""
         watched = what in ("started", "running")
-        detail = training_line(row.work) if watched else row.detail
+        detail = progress_line(row.work) if watched else row.detail
         text = f"{time.strftime('%H:%M:%S')} {row.step:<{self.width}} {what}{seconds}"
         print(f"{text}  {detail}".rstrip(), flush=True)
 
@@ -105,22 +105,20 @@ class Progress:
                 row.step,
                 row.state,
                 shown,
-                (training_line(row.work) if running else "") or row.detail,
+                (progress_line(row.work) if running else "") or row.detail,
                 style=style.get(row.state, ""),
             )
         return table
 
 
-def training_line(work: str) -> str:
-    """`43 %  812 img/s  loss 0.113  ETA 0:31`, or "" for a stage that does not train."""
+def progress_line(work: str) -> str:
+    """`43 %  812 img/s  loss 0.113  ETA 0:31`, or "" for a stage that counts no images."""
     try:
         now = json.loads(storage.read_bytes(storage.join(work, "progress.json")))
         total, images, rate = now["total"], now["images"], now["images_per_second"]
         left = _clock(max(0.0, total - images) / rate) if rate > 0 else "?"
-        return (
-            f"{100 * min(1, images / total):.0f} %  {rate:.0f} img/s  loss {now['loss']:.4g}  "
-            f"ETA {left}"
-        )
+        loss = f"loss {now['loss']:.4g}  " if "loss" in now else ""  # of training stages
+        return f"{100 * min(1, images / total):.0f} %  {rate:.0f} img/s  {loss}ETA {left}"
     except Exception:  # a line that cannot be read or understood must not stop a run
         return ""
 

@@ -5,7 +5,9 @@ its statistics travel. They are merged in the order of the items, so a number de
 neither on how many evaluators there are, nor on which of them was lost.
 """
 
+import contextlib
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,17 +20,18 @@ from numpy.typing import NDArray
 
 from consistency.evaluation.protocol import Protocol
 from infra import storage
+from infra.errors import UserError
 from pipelines.blocks import ITEM, Block, Item, Part, cut, secondary
 from pipelines.yardstick import Yardstick, read_checked
 
 if TYPE_CHECKING:
-    from consistency.evaluation.extractors import Extractor
-
     from consistency.config import ChurnConfig
+    from consistency.evaluation.extractors import Extractor
     from consistency.evaluation.frechet import Gaussian, GaussianStats
     from consistency.published import PublishedModel
     from pipelines.recipe import Cluster
 
+PROGRESS_EVERY_SECONDS = 2.0
 SHEET = 40  # samples kept for people to look at
 
 T = TypeVar("T")
@@ -144,7 +147,26 @@ def measure_all(
         return yardstick.reference.reported(frechet_distance(stats, reference))
 
     blocks = [_blocks(job, storage.join(work, "blocks")) for job in jobs]
+    make = partial(Evaluator, yardstick, tuple(jobs), threads)
+    fill(blocks, make, spread, work=work, save_every=save_every, value_of=value)
+    return [_measured(yardstick, reference, *pair) for pair in zip(jobs, blocks, strict=True)]
+
+
+def fill(
+    blocks: Sequence[Sequence[Block]],
+    make: Callable[[], Callable[[Item], Part]],
+    spread: Map,
+    *,
+    work: str,
+    save_every: float,
+    value_of: "Callable[[GaussianStats], float] | None" = None,
+) -> None:
+    """Measure what is still open of every job's blocks, and save them as they grow.
+
+    value_of: turns a block's sums into its number as soon as they are complete.
+    """
     items = [item for number, of_job in enumerate(blocks) for item in cut(number, of_job)]
+    progress = _Progress(work, items)
     saved = time.monotonic()
 
     def take(index: int, part: Part) -> None:
@@ -152,16 +174,36 @@ def measure_all(
         item = items[index]
         block = blocks[item.job][item.block]
         block.add(item, part)
-        if block.done:
-            block.settle(value)
+        progress.show(item)
+        if block.done and value_of is not None:
+            block.settle(value_of)
         if block.done or time.monotonic() - saved >= save_every:
             block.save()
             saved = time.monotonic()
 
     if items:
-        make = partial(Evaluator, yardstick, tuple(jobs), threads)
         in_order(spread(make, items), len(items), take=take)
-    return [_measured(yardstick, reference, *pair) for pair in zip(jobs, blocks, strict=True)]
+
+
+class _Progress:
+    """The live line of a step that counts images."""
+
+    def __init__(self, work: str, items: Sequence[Item]) -> None:
+        self.url = storage.join(work, "progress.json")
+        self.total = sum(item.stop - item.start for item in items)
+        self.images, self.started, self.shown = 0, time.monotonic(), 0.0
+
+    def show(self, item: Item) -> None:
+        """One more item is in the sums; said every now and then."""
+        self.images += item.stop - item.start
+        now = time.monotonic()
+        if now - self.shown < PROGRESS_EVERY_SECONDS:
+            return
+        self.shown = now
+        rate = self.images / max(now - self.started, 1e-9)
+        line = {"images": self.images, "total": self.total, "images_per_second": rate}
+        with contextlib.suppress(OSError, UserError):  # not worth failing for
+            storage.write_bytes(self.url, json.dumps(line).encode())
 
 
 class Evaluator:

@@ -26,7 +26,7 @@ def synthetic(net: nn.Module, seed: int = 0) -> dict[str, Tensor]:
 
 def pictures(count: int, height: int = 32, width: int = 32) -> np.ndarray:
     """uint8 [count, height, width, 3]: smooth waves, each picture and colour its own."""
-    y, x = np.mgrid[:height, :width, None] / 32
+    y, x = np.mgrid[:height, :width][..., None] / 32
     number = np.arange(count)[:, None, None, None]
     wave = np.sin((2 + number) * x + (1 + np.arange(3)) * y) * np.cos(3 * y - number * x)
     return np.floor(127.5 * wave + 128).clip(0, 255).astype(np.uint8)

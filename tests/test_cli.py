@@ -720,15 +720,15 @@ POINT = {"images": 250, "total": 1000, "images_per_second": 10.0, "loss": 0.1234
         ({"loss": float("nan")}, "25 %  10 img/s  loss nan  ETA 1:15"),
     ],
 )
-def test_the_training_line_shows_share_rate_loss_and_time_left(tmp_path, change, line):
+def test_the_progress_line_shows_share_rate_loss_and_time_left(tmp_path, change, line):
     work = write_progress(tmp_path, json.dumps({**POINT, **change}))
-    assert progress.training_line(work) == line
+    assert progress.progress_line(work) == line
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"images": "x"}', "null"])
 def test_a_progress_file_that_cannot_be_understood_shows_nothing(tmp_path, text):
-    assert progress.training_line(write_progress(tmp_path, text)) == ""
-    assert progress.training_line(str(tmp_path / "nowhere")) == ""
+    assert progress.progress_line(write_progress(tmp_path, text)) == ""
+    assert progress.progress_line(str(tmp_path / "nowhere")) == ""
 
 
 def test_without_a_terminal_there_is_a_line_per_event_and_one_now_and_then(

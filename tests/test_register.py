@@ -1,13 +1,9 @@
-"""The registry on a real MLflow sqlite store: idempotence, the gate, the served model."""
+"""The register step and the served model, on a real MLflow sqlite store."""
 
 import base64
 import io
-import os
 import shutil
-import subprocess
 import sys
-import textwrap
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,46 +13,13 @@ import pytest
 from packaging.requirements import Requirement
 
 from infra import registry, tracking
-from infra.errors import UserError
-from infra.registry import Registration, Standing, decide
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
 from pipelines.recipe import RegisterConfig
 from pipelines.steps import register
+from tests.scores import DOMAIN, evaluation, score
+from tests.test_registry import ALIAS, NAME, Place, write_model
 
 REPO = Path(__file__).parents[1]
-NAME, ALIAS = "tiny.digits", "champion"
-
-
-def write_model(folder: Path, seed: int = 0) -> str:
-    """A consistency model of about a thousand weights; returns the sha256 of the weights file."""
-    import hashlib
-
-    import torch
-    from safetensors.torch import save_file
-
-    from consistency import published
-    from consistency.config import NetworkConfig, NoiseConfig
-
-    about = published.ModelDescription(
-        kind="consistency",
-        network=NetworkConfig(
-            channels=4, channel_mult=(1,), num_blocks=1, attention=(), class_conditional=True
-        ),
-        noise=NoiseConfig(),
-        size=8,
-        channels=1,
-        class_names=("zero", "one", "two"),
-        mid_sigma=5.0,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    weights = {
-        key: 0.1 * torch.randn(value.shape, generator=generator)
-        for key, value in published.build_network(about).state_dict().items()
-    }
-    folder.mkdir(parents=True)
-    save_file(weights, folder / "weights.safetensors")
-    (folder / "config.json").write_text(about.to_json())
-    return hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -70,355 +33,10 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass
-class Place:
-    """One case: a workspace of its own, and `register_model` with everything filled in."""
-
-    workspace: Path
-    models: Path
-
-    @property
-    def uri(self) -> str:
-        return tracking.default_tracking_uri(str(self.workspace))
-
-    def register(self, digest: str = "d1", **changes: Any) -> Registration:
-        from consistency.published import ModelDescription
-
-        root = tracking.artifact_root(str(self.workspace))
-        run_id = tracking.open_run(self.uri, "tiny", "register", digest, root, {}, {})
-        scratch = self.workspace / f"scratch-{len(list(self.workspace.iterdir()))}"
-        scratch.mkdir()
-        text = (self.models / "distill" / "config.json").read_text()
-        package = register.package(
-            scratch,
-            self.models / "distill" / "weights.safetensors",
-            ModelDescription.from_json(text),
-            "# a card",
-        )
-        given = {
-            "experiment": "tiny",
-            "artifact_root": root,
-            "run_id": run_id,
-            "name": NAME,
-            "alias": ALIAS,
-            "digest": digest,
-            "distance": 2.0,
-            "eval_digest": "e1",
-            "max_distance": None,
-            "package": package,
-            "tags": {"cmforge.recipe": "tiny"},
-            "metrics": {"fd_domain/steps_1": 2.0},
-        }
-        return registry.register_model(self.uri, **{**given, **changes})
-
-    def versions(self) -> list[tuple[int, str]]:
-        found = tracking.connect(self.uri).search_model_versions(f"name = '{NAME}'")
-        return sorted((int(v.version), v.tags[registry.DIGEST_TAG]) for v in found)
-
-    def champion(self) -> int | None:
-        aliases = tracking.connect(self.uri).get_registered_model(NAME).aliases
-        return int(aliases[ALIAS]) if ALIAS in aliases else None
-
-    def logged_models(self) -> list[Any]:
-        client = tracking.connect(self.uri)
-        home = client.get_experiment_by_name("tiny")
-        assert home is not None
-        return list(client.search_logged_models([home.experiment_id]))
-
-    def load(self, version: int | str = f"@{ALIAS}") -> Any:
-        import mlflow
-
-        mlflow.set_tracking_uri(self.uri)
-        mlflow.set_registry_uri(self.uri)
-        tail = version if isinstance(version, str) else f"/{version}"
-        return mlflow.pyfunc.load_model(f"models:/{NAME}{tail}")
-
-    def assert_exactly_one(self) -> None:
-        """One version, which holds the alias, whose one READY model loads; all links once."""
-        client = tracking.connect(self.uri)
-        assert self.versions() == [(1, "d1")]
-        assert self.champion() == 1
-        (model,) = self.logged_models()
-        assert str(model.status) == "READY"
-        assert client.get_model_version(NAME, "1").source == f"models:/{model.model_id}"
-        outputs = client.get_run(model.source_run_id).outputs
-        assert [output.model_id for output in outputs.model_outputs] == [model.model_id]
-        history = client.get_metric_history(model.source_run_id, "fd_domain/steps_1")
-        assert [point.value for point in history] == [2.0]
-        assert registry.verify_registered(self.uri, NAME, 1, "d1")
-
-
 @pytest.fixture
 def place(template: Path, tmp_path: Path) -> Place:
     shutil.copy(template / "mlflow.db", tmp_path / "mlflow.db")
     return Place(tmp_path, template)
-
-
-class Crash(BaseException):
-    """Not an Exception: nothing may catch it on the way."""
-
-
-class CrashingClient:
-    """An MlflowClient that dies right after its write number `fatal`.
-
-    Reads are not counted: to die after one is to die after the write before it.
-    """
-
-    def __init__(self, client: Any, fatal: int, written: list[str]) -> None:
-        self._client, self._fatal, self._written = client, fatal, written
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._client, name)
-        if name.startswith(("get_", "search_", "list_")):
-            return method
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            self._written.append(name)
-            if len(self._written) > self._fatal:
-                raise Crash(name)
-            return result
-
-        return call
-
-
-# --- exactly one ---------------------------------------------------------------------------------
-
-
-def test_a_crash_between_every_two_mlflow_calls_leaves_one_version_after_the_rerun(
-    template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connect = tracking.connect
-    reached: list[str] = []
-    for fatal in range(100):
-        workspace = tmp_path / str(fatal)
-        workspace.mkdir()
-        shutil.copy(template / "mlflow.db", workspace / "mlflow.db")
-        place, seen = Place(workspace, template), []
-        monkeypatch.setattr(
-            tracking,
-            "connect",
-            lambda uri, f=fatal, s=seen: CrashingClient(connect(uri), f, s),
-        )
-        try:
-            place.register()
-            break
-        except Crash as crash:
-            reached.append(str(crash))
-        finally:
-            monkeypatch.setattr(tracking, "connect", connect)
-        assert place.register().version == 1
-        place.assert_exactly_one()
-    writes = {
-        "create_experiment",
-        "create_run",
-        "create_logged_model",
-        "log_model_artifacts",
-        "log_batch",
-        "log_outputs",
-        "finalize_logged_model",
-        "create_registered_model",
-        "create_model_version",
-        "set_registered_model_alias",
-        "set_model_version_tag",
-    }
-    assert writes <= set(reached)
-    place.assert_exactly_one()  # the last case did not crash at all
-    assert place.load().predict({"num_samples": [1]}).shape == (1, 2)
-
-
-def test_an_upload_cut_short_is_never_taken_for_whole(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    connect = tracking.connect
-
-    class Cut(CrashingClient):
-        def __getattr__(self, name: str) -> Any:
-            if name != "log_model_artifacts":
-                return getattr(self._client, name)
-
-            def half(model_id: str, folder: str) -> None:
-                shutil.rmtree(Path(folder) / "artifacts")
-                self._client.log_model_artifacts(model_id, folder)
-                raise Crash
-
-            return half
-
-    monkeypatch.setattr(tracking, "connect", lambda uri: Cut(connect(uri), 0, []))
-    with pytest.raises(Crash):
-        place.register()
-    monkeypatch.setattr(tracking, "connect", connect)
-    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
-    place.register()
-    place.assert_exactly_one()
-    assert len(place.load().predict({"num_samples": [2]})) == 2
-
-
-def test_a_process_killed_before_the_version_is_made_up_for(place: Place) -> None:
-    """os._exit: no finally, no destructors."""
-    code = textwrap.dedent(
-        """
-        import os, sys
-        sys.path.insert(0, "tests")
-        from pathlib import Path
-        from infra import registry
-        from test_register import Place
-        registry._create_version = lambda *args: os._exit(9)
-        Place(Path(sys.argv[1]), Path(sys.argv[2])).register()
-        """
-    )
-    arguments = [sys.executable, "-c", code, str(place.workspace), str(place.models)]
-    assert subprocess.run(arguments, cwd=REPO, env=os.environ).returncode == 9
-    place.register()
-    place.assert_exactly_one()
-
-
-def test_the_same_model_twice_is_one_version_and_changes_nothing(place: Place) -> None:
-    first, second = place.register(), place.register()
-    assert first.decision == "version 1 is champion: the first one (2.00 %)"
-    assert second == Registration(
-        version=1, holds_alias=True, decision="version 1 already is champion (2.00 %)"
-    )
-    place.assert_exactly_one()
-
-
-def test_a_lost_race_leaves_the_lower_version(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another process registers the same digest after we looked and before we created."""
-    original, calls = registry._create_version, iter([True])
-
-    def create(*args: Any) -> Any:
-        if next(calls, False):
-            assert place.register().version == 1
-        return original(*args)
-
-    monkeypatch.setattr(registry, "_create_version", create)
-    assert place.register().version == 1
-    place.assert_exactly_one()
-
-
-def test_files_lost_from_the_store_come_back_below_the_same_version(place: Place) -> None:
-    place.register()
-    (model,) = place.logged_models()
-    shutil.rmtree(place.workspace / "mlartifacts" / "models")
-    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
-    place.register()
-    place.assert_exactly_one()
-    assert place.logged_models()[0].model_id == model.model_id
-    assert place.load().predict({"num_samples": [1]}).shape == (1, 2)
-
-
-def test_a_version_whose_model_was_deleted_for_good_is_replaced(place: Place) -> None:
-    place.register()
-    (model,) = place.logged_models()
-    tracking.connect(place.uri).delete_logged_model(model.model_id)
-    shutil.rmtree(place.workspace / "mlartifacts" / "models")
-    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
-    again = place.register()
-    assert (again.version, again.holds_alias) == (2, True)
-    assert place.versions() == [(2, "d1")]
-    assert place.load().predict({"num_samples": [1]}).shape == (1, 2)
-
-
-def test_verify_asks_for_name_version_and_digest(place: Place) -> None:
-    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
-    place.register()
-    client = tracking.connect(place.uri)
-    for fast in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            if not fast:  # the way every other store is asked
-                patch.setattr(tracking, "sqlite_path", lambda uri: None)
-                patch.setattr(tracking, "connect", lambda uri: client)
-            assert registry.verify_registered(place.uri, NAME, 1, "d1")
-            assert not registry.verify_registered(place.uri, NAME, 1, "d2")
-            assert not registry.verify_registered(place.uri, NAME, 2, "d1")
-            assert not registry.verify_registered(place.uri, "other", 1, "d1")
-    tracking.connect(place.uri).delete_model_version(NAME, "1")
-    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
-    (place.workspace / "mlflow.db").unlink()
-    assert not registry.verify_registered(place.uri, NAME, 1, "d1")
-    assert not (place.workspace / "mlflow.db").exists()
-
-
-def test_a_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(UserError, match=r"^tracking server http://127\.0\.0\.1:9: ") as caught:
-        registry.verify_registered("http://127.0.0.1:9", NAME, 1, "d1")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_moved_workspace_is_refused_before_anything_is_registered(
-    place: Place, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    place.register()
-    moved = tmp_path_factory.mktemp("moved") / "workspace"
-    shutil.move(place.workspace, moved)
-    assert not registry.verify_registered(Place(moved, place.models).uri, NAME, 1, "d1")
-    with pytest.raises(UserError, match="workspace was moved or copied; move it back"):
-        run_step(Place(moved, place.models), PERCENTS)
-    assert not place.workspace.exists()
-
-
-# --- the gate ------------------------------------------------------------------------------------
-
-
-def standing(version: int, distance: float | None, protocol: str = "e1") -> Standing:
-    return Standing(version=version, distance=distance, eval_digest=protocol)
-
-
-@pytest.mark.parametrize(
-    ("candidate", "champion", "bound", "moves", "says"),
-    [
-        (standing(1, 3.0), None, None, True, "the first one"),
-        (standing(2, 1.2), standing(1, 3.0), None, True, "1.20 % beats 3.00 % of version 1"),
-        (standing(2, 3.1), standing(1, 3.0), None, False, "version 1 stays champion: 3.10 % does"),
-        (standing(2, 3.0), standing(1, 3.0), None, False, "does not beat"),
-        (standing(2, 1.2), standing(1, 3.0, "e2"), None, False, "evaluated in another way"),
-        (standing(2, 1.2), standing(1, None), None, False, "no recorded distance"),
-        (standing(1, 3.0), standing(1, 3.0), None, True, "already is champion"),
-        (standing(1, 3.0), standing(1, 9.0, "e2"), 4.0, True, "already is champion (3.00 %)"),
-        (
-            *(standing(1, 3.0), standing(1, 3.0), 1.0, True),
-            "version 1 is still champion, which nothing replaces, although 3.00 % is above",
-        ),
-        (
-            *(standing(1, float("nan")), standing(1, 3.0), None, True),
-            "version 1 is still champion, which nothing replaces, although its distance is not",
-        ),
-        (standing(1, 3.0), None, 2.0, False, "3.00 % is above max_distance 2 %"),
-        (standing(1, 2.0), None, 2.0, True, "the first one"),
-        (standing(2, 2.5), standing(1, 3.0), 2.0, False, "above max_distance"),
-        (standing(1, float("nan")), None, None, False, "not finite"),
-        (standing(2, float("inf")), standing(1, 3.0), None, False, "not finite"),
-        (standing(2, 1.0), standing(1, float("nan")), None, False, "does not beat"),
-    ],
-)
-def test_the_gate(
-    candidate: Standing, champion: Standing | None, bound: float | None, moves: bool, says: str
-) -> None:
-    holds, decision = decide(candidate, champion, ALIAS, bound)
-    assert holds is moves
-    assert says in decision
-
-
-def test_the_alias_follows_the_best_model_of_one_protocol(place: Place) -> None:
-    client = tracking.connect(place.uri)
-    assert place.register("d1", distance=3.0, max_distance=2.0).holds_alias is False
-    assert place.champion() is None
-    assert place.register("d2", distance=1.5).holds_alias
-    assert not place.register("d3", distance=1.6).holds_alias
-    assert place.champion() == 2
-    assert not place.register("d4", distance=0.5, eval_digest="e2").holds_alias
-    # Only the champion evaluated anew under e2 makes the two comparable.
-    assert place.register("d2", distance=0.9, eval_digest="e2").version == 2
-    tags = client.get_model_version(NAME, "2").tags
-    assert (tags[registry.DISTANCE_TAG], tags[registry.EVAL_TAG]) == ("0.9", "e2")
-    moved = place.register("d4", distance=0.5, eval_digest="e2")
-    assert moved.decision == "version 4 is champion: 0.50 % beats 0.90 % of version 2"
-    assert place.champion() == 4
-    assert client.get_model_version(NAME, "4").tags[registry.DECISION_TAG] == moved.decision
-    assert place.versions() == [(1, "d1"), (2, "d2"), (3, "d3"), (4, "d4")]
 
 
 # --- what is served ------------------------------------------------------------------------------
@@ -562,7 +180,9 @@ def run_step(
     return register.run(
         ctx,
         register.RegisterStage(
-            register=RegisterConfig(**{"model": NAME, "allow_proxy": True, **wanted}), recipe="tiny", registry="workspace"
+            register=RegisterConfig(**{"model": NAME, "allow_proxy": True, **wanted}),
+            recipe="tiny",
+            registry="workspace",
         ),
         shard=committed("shard", shard),
         teacher=committed("teacher", trained("distill")),

@@ -7,7 +7,7 @@ merged in float64, in the order of the samples.
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import consistency
 from infra import storage
@@ -65,7 +65,8 @@ def run(
         save_every=ctx.cluster.checkpoint_every_seconds,
         threads=ctx.cluster.cpus_per_evaluator,
     )
-    scores, sheets = [], {}
+    scores: list[Score] = []
+    sheets: dict[str, Any] = {}
     for job, measured in zip(jobs, found, strict=True):
         name, steps = job.subject.name, job.protocol.steps
         grid = f"{name}-{steps}.png"

@@ -8,7 +8,6 @@ every recipe on the same images finds them, however its shards are cut.
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,10 +21,10 @@ from consistency.evaluation.specs import FILE, SPECS
 from infra import storage
 from infra.errors import UserError
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, from_json, to_json
-from pipelines.blocks import Block, Item, Part, cut
+from pipelines.blocks import Block, Item, Part
 from pipelines.dag import StepContext
 from pipelines.recipe import ReferenceConfig
-from pipelines.scoring import in_order, on_actors
+from pipelines.scoring import fill, on_actors
 from pipelines.yardstick import REAL_FEATURES, STATS, FeatureNetwork, as_local
 
 if TYPE_CHECKING:
@@ -142,26 +141,15 @@ def _measured(
         Block(storage.join(ctx.work, "blocks", f"{key}-{number}"), *bounds)
         for number, bounds in enumerate([(0, half), (half, count)])
     ]
-    items = cut(0, blocks)
-    saved = time.monotonic()
-
-    def take(index: int, part: Part) -> None:
-        nonlocal saved
-        block = blocks[items[index].block]
-        block.add(items[index], part)
-        if block.done or time.monotonic() - saved >= ctx.cluster.checkpoint_every_seconds:
-            block.save()
-            saved = time.monotonic()
-
-    if items:
-        make = partial(
-            RealImages,
-            network,
-            storage.join(shard.url, "shards"),
-            shard.value.manifest_sha256,
-            ctx.cluster.cpus_per_evaluator,
-        )
-        in_order(on_actors(ctx.cluster)(make, items), len(items), take=take)
+    make = partial(
+        RealImages,
+        network,
+        storage.join(shard.url, "shards"),
+        shard.value.manifest_sha256,
+        ctx.cluster.cpus_per_evaluator,
+    )
+    save_every = ctx.cluster.checkpoint_every_seconds
+    fill([blocks], make, on_actors(ctx.cluster), work=ctx.work, save_every=save_every)
     first, second = blocks
     assert first.stats is not None
     assert second.stats is not None
