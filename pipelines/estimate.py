@@ -297,7 +297,8 @@ def _evaluations(recipe: Recipe) -> int:
     trained += [recipe.truncate] if recipe.truncate else []
     guided = 1 if asked.teacher_guidance == 1 else 2
     # One and two steps of every candidate; of the teacher too, where two Heun steps take 3 calls.
-    calls = len(trained) * asked.samples * (1 + 2) + guided * asked.samples * (1 + 3)
+    samples = asked.samples * asked.seed_blocks
+    calls = len(trained) * samples * (1 + 2) + guided * samples * (1 + 3)
     calls += guided * asked.teacher_samples * (2 * asked.teacher_steps - 1)
     if recipe.select_ema is not None:
         select = recipe.select_ema

@@ -269,7 +269,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
 
 def test_the_evaluation_is_counted_in_network_calls():
     found = estimate.estimate(load_recipe("quickstart", []))
-    candidates, teacher = 2 * 2000 * (1 + 2), 2000 * (1 + 3)
+    candidates, teacher = 3 * 2 * 2000 * (1 + 2), 3 * 2000 * (1 + 3)  # three seed blocks
     assert found.evaluations == candidates + teacher + 500 * 35
     overrides = ["teacher.label_dropout=0.1", "evaluate.teacher_guidance=2"]
     guided = estimate.estimate(load_recipe("quickstart", overrides))
