@@ -16,8 +16,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import linalg
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from consistency.evaluation.frechet import Gaussian, GaussianStats, frechet_distance
 
@@ -60,11 +61,12 @@ def compare(dim: int, samples: int, rounds: int) -> None:
         print(f"  the values differ by {difference:.0e} of the trace")
 
 
-def features(samples: int, dim: int, seed: int) -> np.ndarray:
+def features(samples: int, dim: int, seed: int) -> NDArray[np.float64]:
     """Standard deviations over three decades in directions of no single feature, cut at 0."""
     mixing = np.random.default_rng(0).standard_normal((dim, dim)) / np.sqrt(dim)
     latent = np.random.default_rng(seed).standard_normal((samples, dim))
-    return np.maximum(latent * np.geomspace(1, 1e-3, dim) @ mixing, -0.05)
+    values: NDArray[np.float64] = latent * np.geomspace(1, 1e-3, dim) @ mixing
+    return np.maximum(values, -0.05)
 
 
 def fresh(gaussian: Gaussian) -> Gaussian:

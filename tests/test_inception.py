@@ -107,7 +107,7 @@ def test_the_average_leaves_the_padding_out_and_the_last_block_takes_the_maximum
 
 
 @pytest.fixture(scope="module")
-def torch_fidelity():  # type: ignore[no-untyped-def]
+def torch_fidelity():
     """The oracle. torchvision's wheel for CUDA does not import beside a CPU torch for want of two
     operators that nobody calls here; declaring them is enough."""
     library = torch.library.Library("torchvision", "FRAGMENT")
@@ -123,7 +123,7 @@ def torch_fidelity():  # type: ignore[no-untyped-def]
         yield pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
 
 
-def test_equal_to_torch_fidelity_to_the_bit(  # type: ignore[no-untyped-def]
+def test_equal_to_torch_fidelity_to_the_bit(
     torch_fidelity, weights: dict[str, torch.Tensor], file: Path
 ) -> None:
     theirs = torch_fidelity.FeatureExtractorInceptionV3(
@@ -138,7 +138,7 @@ def test_equal_to_torch_fidelity_to_the_bit(  # type: ignore[no-untyped-def]
         assert torch.equal(logits, expected_logits)
 
 
-def test_resize_equal_to_torch_fidelity_to_the_bit(torch_fidelity) -> None:  # type: ignore[no-untyped-def]
+def test_resize_equal_to_torch_fidelity_to_the_bit(torch_fidelity) -> None:
     like = torch_fidelity.interpolate_bilinear_2d_like_tensorflow1x
     for height, width in ((32, 32), (28, 28), (17, 45), (299, 299), (600, 512)):
         x = as_input(np.random.default_rng(0).integers(0, 256, (2, height, width, 3))).float()

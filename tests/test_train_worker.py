@@ -1,0 +1,231 @@
+"""A training stage from its job to its files, in this process: Ray Train is stood in for."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file, save_file
+
+from consistency import published
+from consistency.config import ConstantEMA, NetworkConfig, NoiseConfig
+from consistency.evaluation.domain import feature_net_for
+from consistency.evaluation.frechet import GaussianStats
+from consistency.method_config import ConsistencyConfig, LognormalPairs, SqrtLevels
+from infra import cluster, shards, sources
+from pipelines import train_worker, watch
+from pipelines.artifacts import Committed, ShardSet, TrainedModel
+from pipelines.dag import StepContext
+from pipelines.recipe import Cluster, WatchConfig
+from pipelines.training import StageConfig, run_stage
+from pipelines.watch import WatchJob
+from pipelines.yardstick import FeatureNetwork, Yardstick
+from tests.scores import DOMAIN, reference
+
+NETWORK = NetworkConfig(channels=4, channel_mult=(1,), num_blocks=1, attention=())
+TRAINING = ConsistencyConfig(
+    method="ict",
+    images=160,
+    batch=16,
+    dropout=0.1,
+    init="scratch",
+    pairs=LognormalPairs(levels=SqrtLevels(s0=2, s1=8)),
+    path="noise",
+    ema=(ConstantEMA(beta=0.9), ConstantEMA(beta=0.5)),
+)
+
+
+class Worker:
+    """Rank 0 of one, as Ray Train would have it; it dies after so many checkpoints."""
+
+    rank, world_size, device = 0, 1, torch.device("cpu")
+
+    def __init__(self, folder: Path, dies_after: int | None = None) -> None:
+        self.folder, self.dies_after = folder, dies_after
+
+    @contextlib.contextmanager
+    def latest_checkpoint(self) -> Iterator[Path | None]:
+        found = sorted(self.folder.glob("*"))
+        yield found[-1] if found else None
+
+    def publish(self, folder: Path | None, images: int) -> None:
+        assert folder is not None
+        if len(list(self.folder.glob("*"))) == self.dies_after:
+            raise ConnectionError("the node is gone")
+        folder.rename(self.folder / f"{images:08d}")
+
+
+class Place:
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.home, self.monkeypatch = home, monkeypatch
+        images = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 1), np.uint8)
+        np.savez(home / "a.npz", images=images)
+        source = sources.open_source("npz", str(home / "a.npz"), size=None, fit="crop")
+        manifest = shards.write_shards(source, str(home / "shards"), num_shards=1)
+        self.shard = Committed(
+            step="shard",
+            fingerprint="s",
+            url=str(home),
+            seconds=0.0,
+            value=ShardSet(
+                count=90,
+                size=8,
+                channels=1,
+                class_names=manifest.class_names,
+                num_shards=1,
+                bytes=1,
+                pixel_digest=manifest.pixel_digest,
+                manifest_sha256=manifest.sha256,
+            ),
+        )
+        self.logged: list[tuple[int, str, float]] = []
+        self.yardstick = self._yardstick(images)
+
+    def _yardstick(self, images: Any) -> Yardstick:
+        generator = torch.Generator().manual_seed(1)
+        net = feature_net_for(size=8, image_channels=1, num_classes=1, generator=generator)
+        path = self.home / "features.safetensors"
+        save_file(net.state_dict(), path)
+        network = FeatureNetwork(
+            name="domain",
+            url=str(path),
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            size=8,
+            channels=1,
+            num_classes=1,
+        )
+        real = GaussianStats.from_features(network.load("cpu")(images).pooled).gaussian
+        n = np.asarray(90, np.int64)
+        arrays = {"n": n, "mean": real.mean, "covariance": real.covariance}
+        save_arrays(arrays, self.home / "stats.safetensors")
+        value = reference(DOMAIN, total_variance=float(real.covariance.trace()))
+        return Yardstick(network=network, reference=value, url=str(self.home))
+
+    def train(
+        self, name: str, dies_after: int | None = None, ready: bool = True, **asked: Any
+    ) -> tuple[TrainedModel, Path]:
+        """The stage `name`, watched if `asked`; the same name goes on where it stopped."""
+        self.monkeypatch.setattr(
+            Yardstick, "at", lambda home, about: self.yardstick if ready else None
+        )
+        out, checkpoints = self.home / name / "out", self.home / name / "checkpoints"
+        for folder in (out, checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+
+        # Of so short a training every probe would take more than any share.
+        self.monkeypatch.setattr(watch.Watch, "affordable", lambda *_: ready)
+
+        def workers(function: Any, payload: dict[str, Any], **_: Any) -> Any:
+            return function(payload)
+
+        self.monkeypatch.setattr(cluster, "train_workers", workers)
+        self.monkeypatch.setattr(cluster, "TrainWorker", lambda: Worker(checkpoints, dies_after))
+        self.monkeypatch.setattr(train_worker.tracking, "MetricWriter", self.writer)
+        job = None
+        if asked:
+            config = WatchConfig(**{"samples": 80, "every_images": 32, **asked})
+            job = WatchJob(config=config, reference="", mid_sigma=0.8, teacher_steps=3)
+        ctx = StepContext(
+            step="isolate",
+            fingerprint="f",
+            out=out,
+            work=str(self.home / name / "work"),
+            workspace=str(self.home),
+            tracking_uri="",
+            experiment="",
+            cluster=Cluster(checkpoint_every_seconds=0),
+        )
+        stage = StageConfig(
+            network=NETWORK, noise=NoiseConfig(), training=TRAINING, seed=0, watch=job
+        )
+        return run_stage(ctx, stage, self.shard), out
+
+    def writer(self, *_: Any, **__: Any) -> Any:
+        place = self
+
+        class Writer(contextlib.nullcontext[Any]):
+            def log(self, images: int, metrics: dict[str, float]) -> None:
+                place.logged.extend((images, key, value) for key, value in metrics.items())
+
+        return Writer(Writer())
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("CMFORGE_CACHE", str(tmp_path / "cache"))
+    return Place(tmp_path, monkeypatch)
+
+
+def test_watching_changes_nothing_that_comes_out(place: Place) -> None:
+    plain, bare = place.train("plain")
+    watched, out = place.train("watched", every_images=32)
+    assert (bare / "weights.safetensors").read_bytes() == (out / "weights.safetensors").read_bytes()
+    assert plain.weights_sha256 == watched.weights_sha256
+    assert not plain.watched
+    assert watched.watched
+    assert not (bare / watch.LOG).exists()
+
+
+def test_the_distances_are_in_the_file_and_in_the_metrics(place: Place) -> None:
+    _, out = place.train("watched", every_images=32)
+    lines = [json.loads(line) for line in (out / watch.LOG).read_text().splitlines()]
+    assert {(line["images"], line["ema"], line["steps"]) for line in lines} == {
+        (images, ema, steps)
+        for images in (32, 64, 96, 128, 160)
+        for ema in ("constant-0.9", "constant-0.5")
+        for steps in (1, 2)
+    }
+    told = {(i, key): value for i, key, value in place.logged if key.startswith("fd_")}
+    assert told == {
+        (line["images"], f"{line['name']}/{line['ema']}/steps_{line['steps']}"): line["value"]
+        for line in lines
+    }
+
+
+def test_the_best_weights_stand_beside_the_last(place: Place) -> None:
+    value, out = place.train("watched", every_images=32)
+    lines = [json.loads(line) for line in (out / watch.LOG).read_text().splitlines()]
+    ones = [line for line in lines if line["steps"] == 1]
+    best = min(ones, key=lambda line: line["value"])
+    assert json.loads((out / "best" / "watch.json").read_text()) == best
+    assert value.best == f"{best['ema']} at {best['images']:,} images"
+    model = published.load(out / "best")
+    if best["images"] == 160:
+        own = "weights" if best["ema"] == "constant-0.9" else f"ema/{best['ema']}"
+        for name, tensor in load_file(out / f"{own}.safetensors").items():
+            assert torch.equal(model.function.net.state_dict()[name], tensor)
+
+
+def test_after_a_crash_it_remembers_what_it_saw(place: Place) -> None:
+    whole, out = place.train("whole", every_images=32)
+    with pytest.raises(ConnectionError, match="the node is gone"):
+        place.train("cut", dies_after=4, every_images=32)
+    again, rest = place.train("cut", every_images=32)
+    assert again.weights_sha256 == whole.weights_sha256
+    assert (rest / watch.LOG).read_text() == (out / watch.LOG).read_text()
+    assert again.best == whole.best
+    assert (rest / "best" / "weights.safetensors").read_bytes() == (
+        out / "best" / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_a_diverging_run_stops_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([5.0, 5.0, 5.0, 5.0] + [50.0] * 100)
+    monkeypatch.setattr(watch.Watch, "_measure", lambda self, weights, protocol: next(values))
+    with pytest.raises(RuntimeError, match=r"isolate diverges: .* was 5 at 32 images and is 50 at"):
+        place.train("bad", every_images=32, patience=2)
+    assert max(images for images, _, _ in place.logged) == 96
+    assert (place.home / "bad" / "work" / "final" / "best" / "weights.safetensors").exists()
+
+
+def test_without_a_reference_it_trains_without_looking(place: Place) -> None:
+    value, out = place.train("early", ready=False, every_images=32)
+    assert not value.watched
+    assert value.best is None
+    assert not (out / watch.LOG).exists()
