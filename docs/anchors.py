@@ -7,7 +7,7 @@ make of it, the anchor and the relative difference, and exits with 1 where that 
 room that CPU kernels and the memory layout need. Without --full only the rows of one minute.
 
 The networks are proxies: none of these numbers is a FID. GoogLeNet's anchors were measured with
-its weights in float32, and hold for the half-precision file to about 1e-4.
+its weights in float32, and hold for the half-precision file to 2e-4.
 """
 
 import argparse

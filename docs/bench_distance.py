@@ -17,7 +17,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import linalg
+from scipy import linalg  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from consistency.evaluation.frechet import Gaussian, GaussianStats, frechet_distance

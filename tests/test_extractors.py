@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -340,8 +341,6 @@ def test_a_pinned_hash_is_asked_of_any_network(
     monkeypatch.setitem(SPECS, "resnet56_cifar10", dataclasses.replace(pinned, sha256="0" * 64))
     with pytest.raises(ValueError, match="not the weights of resnet56_cifar10"):
         load_extractor("resnet56_cifar10", small)
-    loaded = load_extractor("resnet56_cifar10", small, unverified=True)
-    assert loaded.protocol.extractor == "resnet56_cifar10_unverified"
 
 
 def test_torch_files_and_half_precision_are_read_as_float32(small: Path, tmp_path: Path) -> None:
@@ -481,7 +480,7 @@ class TestPrograms:
         assert str(error.value).startswith(f"{path}: ")
         assert len(str(error.value).splitlines()) == 1
 
-    @pytest.mark.parametrize("name", ["domain", "inception-fid", "x_unverified", "--"])
+    @pytest.mark.parametrize("name", ["domain", "inception-fid", "--"])
     def test_a_program_may_not_take_the_name_of_another_network(
         self, name: str, tmp_path: Path
     ) -> None:
@@ -508,9 +507,101 @@ class TestPrograms:
         with pytest.raises(ValueError, match="not a TorchScript file"):
             load_extractor("file", path)
 
-    def test_exported_programs_are_refused_unread(self, tmp_path: Path) -> None:
-        """torch.export.load unpickles their example inputs without a filter."""
-        path = tmp_path / "net.pt2"
-        path.write_bytes(b"anything")
-        with pytest.raises(ValueError, match=r"\.pt2.*save the network as TorchScript"):
+
+class TestExported:
+    """Exported programs (.pt2): what they compute, and what in them is never run."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        path = tmp_path_factory.mktemp("pt2") / "own.pt2"
+        example = (torch.zeros(2, 3, 12, 12, dtype=torch.uint8),)
+        sizes = ({0: torch.export.Dim("B")},)
+        torch.export.save(torch.export.export(Net(), example, dynamic_shapes=sizes), path)
+        return path
+
+    @staticmethod
+    def changed(good: Path, path: Path, part: str, change: Callable[[bytes], bytes]) -> Path:
+        """The same archive with one part another, or one more."""
+        with zipfile.ZipFile(good) as old, zipfile.ZipFile(path, "w") as new:
+            found = [name for name in old.namelist() if name.endswith(part)]
+            for name in old.namelist():
+                data = old.read(name)
+                new.writestr(name, change(data) if name in found else data)
+            if not found:
+                new.writestr(f"own/{part}", change(b""))
+        return path
+
+    def test_its_features_are_the_networks(self, good: Path) -> None:
+        extractor = load_extractor("file", good)
+        assert (extractor.protocol.metric, extractor.protocol.dim) == ("fd_own", 5)
+        images = np.random.default_rng(0).integers(0, 256, (40, 12, 12, 3), np.uint8)
+        with torch.no_grad():
+            expected = Net()(torch.from_numpy(images).permute(0, 3, 1, 2))
+        np.testing.assert_allclose(extractor(images).pooled, expected.numpy(), rtol=1e-4)
+
+    def test_another_size_than_it_was_exported_for_is_named(self, good: Path) -> None:
+        extractor = load_extractor("file", good)
+        with pytest.raises(ValueError, match=r"fails on uint8 \[1, 3, 9, 9\]"):
+            extractor(np.zeros((1, 9, 9, 3), np.uint8))
+
+    @pytest.mark.parametrize(
+        ("part", "said"),
+        [
+            ("data/sample_inputs/model.pt", "sample inputs are more than tensors"),
+            ("data/constants/custom_obj_0", "custom_obj_0, which is not part of a plain"),
+            ("data/aotinductor/model/x.so", "which is not part of a plain"),
+        ],
+    )
+    def test_a_pickle_or_a_binary_is_not_run(
+        self, good: Path, tmp_path: Path, part: str, said: str
+    ) -> None:
+        mark = tmp_path / "mark"
+        hostile = pickle.dumps(Hostile(mark), protocol=2)
+        path = self.changed(good, tmp_path / "bad.pt2", part, lambda _: hostile)
+        with pytest.raises(ValueError, match=said):
             load_extractor("file", path)
+        assert not mark.exists()
+
+    @pytest.mark.parametrize(
+        ("part", "old", "new", "said"),
+        [
+            ("weights_config.json", '"use_pickle": false', '"use_pickle": true', "is pickled"),
+            ("model.json", "torch.ops.aten.mean.dim", "torch.hub.load", "no ATen operator"),
+            ("model.json", "torch.ops.aten.mean.dim", "os.system", "no ATen operator"),
+            ("model.json", '"guards_code": []', '"guards_code": ["exit()"]', "guards in Python"),
+            ("model.json", "Symbol('", "__import__('os').system('", "not arithmetic"),
+            ("model.json", "Symbol('", "open('", "not arithmetic"),
+        ],
+    )
+    def test_what_would_be_evaluated_is_refused(
+        self, good: Path, tmp_path: Path, part: str, old: str, new: str, said: str
+    ) -> None:
+        def change(data: bytes) -> bytes:
+            assert old.encode() in data
+            return data.replace(old.encode(), new.encode())
+
+        path = self.changed(good, tmp_path / "bad.pt2", part, change)
+        with pytest.raises(ValueError, match=said) as error:
+            load_extractor("file", path)
+        assert str(error.value).startswith(f"{path}: ")
+        assert len(str(error.value).splitlines()) == 1
+
+    @pytest.mark.parametrize("data", [b"anything", b"PK\x05\x06" + bytes(18)])
+    def test_another_file_is_no_exported_program(self, data: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "net.pt2"
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="not an exported program"):
+            load_extractor("file", path)
+
+
+class Net(torch.nn.Module):
+    """A convolution and a mean, with weights of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x.float(), self.weight).mean((2, 3))

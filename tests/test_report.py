@@ -349,7 +349,9 @@ def test_times_of_a_mean_flow_are_not_taken_for_noise_levels() -> None:
     document = html.render(page(evaluation=evaluation(*scores)))
     row = next(r for r in re.findall(r"<tr>.*?</tr>", document) if "mean_flow" in r)
     digest = scores[-1].protocol.digest[:8]
-    assert row.endswith(f"<td>mean_flow</td><td>t = 1, 0.4509</td><td><code>{digest}</code></td></tr>")
+    assert row.endswith(
+        f"<td>mean_flow</td><td>t = 1, 0.4509</td><td><code>{digest}</code></td></tr>"
+    )
 
 
 SELECTION = html_training.Selection(

@@ -3,11 +3,10 @@
 Everything is float32: no autocast, no TF32, no reduced products, whatever the process has set.
 
 Weights are read without running what they hold: .safetensors, or torch files of tensors only. A
-network of the user's own is a TorchScript file. Loading that runs no Python: torch's C++ reader
-knows tensors and TorchScript's classes and refuses anything else a pickle could name. It is a
-program all the same, which may call any operator of torch, and some of those read and write files:
-give only files you trust. Exported programs (.pt2) are refused, because torch 2.13 falls back to
-plain unpickling when it reads them, which runs whatever they name.
+network of the user's own is a program, as TorchScript or an exported .pt2. Loading TorchScript runs
+no Python: torch's C++ reader knows tensors and TorchScript's classes and refuses anything else a
+pickle could name; exported programs are gone through first (exported.py). Programs all the same,
+which may call operators of torch, and some of those read and write files: give only ones you trust.
 
 Shapes: images uint8 [N, H, W, C] outside, float32 [B, 3, S, S] on a scale of 0..255 inside.
 """
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from consistency.evaluation.backbones import CifarResNet, GoogLeNet, SqueezeNet
 from consistency.evaluation.dinov2 import DINOv2
 from consistency.evaluation.domain import FeatureNet
+from consistency.evaluation.exported import load_exported
 from consistency.evaluation.inception import InceptionV3
 from consistency.evaluation.protocol import DOMAIN, DOMAIN_FEATURES, FeatureProtocol
 from consistency.evaluation.resize import resize
@@ -99,22 +99,19 @@ class Extractor:
         return Features(np.concatenate(pooled), np.concatenate(logits) if logits else None)
 
 
-def load_extractor(
-    name: str, path: Path, *, device: str | torch.device = "cpu", unverified: bool = False
-) -> Extractor:
-    """A network of SPECS with the weights of a file, or with `name` "file" a TorchScript program.
+def load_extractor(name: str, path: Path, *, device: str | torch.device = "cpu") -> Extractor:
+    """A network of SPECS with the weights of a file, or with `name` "file" a program.
 
-    Where the spec pins a hash, another file is refused; `unverified` takes it under another name
-    (inception_unverified). A program takes uint8 [B, 3, H, W], resizes and normalises by
-    itself, and returns float [B, D]; one with an argument `return_features` gets True for it (the
-    convention of StyleGAN's detectors). It is called as its file, without the suffix.
+    Where the spec pins a hash, another file is refused. A program takes uint8 [B, 3, H, W], resizes
+    and normalises by itself, and returns float [B, D]; one with an argument `return_features` gets
+    True for it (the convention of StyleGAN's detectors). It is called as its file, without suffix.
     Raises ValueError, in one line that begins with the path.
     """
     path = Path(path)
     try:
         if name == FILE:
             return _program(path, torch.device(device))
-        return _published(SPECS[name], path, torch.device(device), unverified)
+        return _published(SPECS[name], path, torch.device(device))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -166,18 +163,13 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 # --- published networks --------------------------------------------------------------------------
 
 
-def _published(
-    spec: ExtractorSpec, path: Path, device: torch.device, unverified: bool
-) -> Extractor:
+def _published(spec: ExtractorSpec, path: Path, device: torch.device) -> Extractor:
     digest, size = _sha256(path), path.stat().st_size
-    name = spec.name
     if spec.sha256 not in (None, digest) or spec.bytes not in (None, size):
-        if not unverified:
-            raise ValueError(
-                f"not the weights of {name}: {size:,} bytes, sha256 {digest}; expected "
-                f"{spec.bytes:,} bytes, sha256 {spec.sha256}; get them again"
-            )
-        name = f"{name.removesuffix('_fid')}_unverified"  # no number of theirs is a FID
+        raise ValueError(
+            f"not the weights of {spec.name}: {size:,} bytes, sha256 {digest}; expected "
+            f"{spec.bytes:,} bytes, sha256 {spec.sha256}; get them again"
+        )
 
     with torch.device("meta"):  # no memory, no random numbers
         net = _NETWORKS[spec.name]()
@@ -193,7 +185,7 @@ def _published(
         return out
 
     protocol = FeatureProtocol(
-        extractor=name,
+        extractor=spec.name,
         weights_sha256=digest,
         layer=spec.layer,
         dim=spec.dim,
@@ -255,26 +247,27 @@ def _sha256(path: Path) -> str:
 
 def _program(path: Path, device: torch.device) -> Extractor:
     name = re.sub("[^0-9A-Za-z]+", "_", path.stem).strip("_")
-    if name in ("", DOMAIN, *SPECS) or name.endswith("_unverified"):
+    if name in ("", DOMAIN, *SPECS):
         raise ValueError(f"rename it: fd_{name} is what another network's distances are called")
-    if path.suffix == ".pt2":
-        raise ValueError(
-            "exported programs (.pt2) are not read, for torch unpickles whatever they hold; "
-            "save the network as TorchScript: torch.jit.trace(net, example).save('net.pt')"
-        )
     digest = _sha256(path)
-    try:
-        module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise ValueError(f"not a TorchScript file: {_last_line(error)}") from error
-    module.eval()
-    pools = any(a.name == "return_features" for a in module.forward.schema.arguments)
+    side: tuple[int, ...] = (32, 32)
+    pools = False
+    if path.suffix == ".pt2":
+        module, example = load_exported(path, device)
+        side = example[2:]
+    else:
+        try:
+            module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise ValueError(f"not a TorchScript file: {_last_line(error)}") from error
+        module.eval()
+        pools = any(a.name == "return_features" for a in module.forward.schema.arguments)
 
     def forward(pixels: Tensor) -> tuple[Tensor, None]:
         x = _rgb(pixels).contiguous()
         try:
             out = module(x, return_features=True) if pools else module(x)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             shape = list(x.shape)
             raise ValueError(f"fails on uint8 {shape}: {_last_line(error)}") from error
         if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(x):
@@ -283,7 +276,7 @@ def _program(path: Path, device: torch.device) -> Extractor:
         return out.float(), None
 
     with torch.inference_mode(), exact_float32(device):
-        features, _ = forward(torch.zeros(2, 32, 32, 3, dtype=torch.uint8, device=device))
+        features, _ = forward(torch.zeros(2, *side, 3, dtype=torch.uint8, device=device))
     protocol = FeatureProtocol(
         extractor=name,
         weights_sha256=digest,
@@ -295,6 +288,6 @@ def _program(path: Path, device: torch.device) -> Extractor:
     return Extractor(protocol, forward, device=device)
 
 
-def _last_line(error: RuntimeError) -> str:
+def _last_line(error: Exception) -> str:
     """Where TorchScript says what happened, after a page of where."""
     return str(error).strip().splitlines()[-1]
