@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipelines.recipe import Cluster
 
 PROGRESS_EVERY_SECONDS = 2.0
+FEW = 4  # items that are done sooner than an evaluator has started
 SHEET = 40  # samples kept for people to look at
 
 T = TypeVar("T")
@@ -181,6 +182,8 @@ def fill(
             block.save()
             saved = time.monotonic()
 
+    if len(items) <= FEW:
+        spread = in_process
     if items:
         in_order(spread(make, items), len(items), take=take)
 

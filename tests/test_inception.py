@@ -152,7 +152,7 @@ def test_resize_equal_to_torch_fidelity_to_the_bit(torch_fidelity) -> None:
 # --- with the real weights -----------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.needs_weights
 def test_with_the_real_weights_cifar10_has_its_known_fid() -> None:
     """Train against test is 3.0..3.3 where all of test is at hand; else two thousand images of
     train against two thousand others, whose distance is bias and no more than that."""

@@ -17,7 +17,7 @@ from consistency.evaluation.frechet import GaussianStats, frechet_distance
 from consistency.evaluation.npz import write_npz
 from infra import shards, sources
 from infra.errors import UserError
-from pipelines import blocks
+from pipelines import blocks, scoring
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, from_json, to_json
 from pipelines.dag import StepContext
 from pipelines.recipe import Cluster, ReferenceConfig
@@ -84,6 +84,7 @@ class Place:
 def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(reference, "on_actors", lambda cluster: in_process)
     monkeypatch.setattr(blocks, "ITEM", 20)
+    monkeypatch.setattr(scoring, "FEW", 0)
     monkeypatch.setenv("CMFORGE_CACHE", str(tmp_path / "cache"))
 
 

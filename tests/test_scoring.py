@@ -16,7 +16,7 @@ from consistency.evaluation.extractors import Features
 from consistency.evaluation.frechet import GaussianStats, frechet_distance
 from consistency.evaluation.protocol import FeatureProtocol
 from infra.errors import UserError
-from pipelines import blocks
+from pipelines import blocks, scoring
 from pipelines.artifacts import ReferenceStats
 from pipelines.scoring import Evaluator, Job, Subject, in_order, in_process, measure_all
 from pipelines.yardstick import FeatureNetwork, Yardstick, check_rank
@@ -55,6 +55,7 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "ITEM", 16)
+    monkeypatch.setattr(scoring, "FEW", 0)
 
 
 @pytest.fixture
@@ -176,6 +177,20 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(
         assert one.secondary == other.secondary
         assert one.images_sha256 == other.images_sha256
         np.testing.assert_array_equal(one.sheet, other.sheet)
+
+
+def test_a_few_items_need_no_evaluators(
+    yardstick: Yardstick, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [m.values for m in measure(yardstick, tmp_path / "a")]
+
+    def nobody(make: Any, items: Sequence[Any]) -> Any:
+        raise AssertionError("evaluators were asked for")
+
+    with pytest.raises(AssertionError, match="asked for"):
+        measure(yardstick, tmp_path / "b", nobody)
+    monkeypatch.setattr(scoring, "FEW", len(stand_in.asked))
+    assert [m.values for m in measure(yardstick, tmp_path / "b", nobody)] == plain
 
 
 def test_sums_of_other_weights_are_not_gone_on_with(
