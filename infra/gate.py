@@ -185,10 +185,13 @@ def _secondary(candidate: Standing, champion: Standing) -> tuple[dict[str, str],
     """What is better and what is worse, of all that is known of both; and a recall kept back.
 
     The step that counts is the same seen from either side: of two versions that tie, one at most
-    beats the other.
+    beats the other. `kid_std` is no measure but the least step of `kid`; `_r2` says how good a fit
+    was.
     """
     better, worse = {}, {}
     for key, theirs in champion.secondary.items():
+        if key.endswith(("_std", "_r2")):
+            continue
         mine = candidate.secondary.get(key)
         if not math.isfinite(theirs) or (mine is None and key != "recall"):
             continue
@@ -196,6 +199,8 @@ def _secondary(candidate: Standing, champion: Standing) -> tuple[dict[str, str],
             worse[key] = f"its {key} is unknown, that of version {champion.version} is {theirs:.4g}"
             continue
         step = SHARE_STEP if key in SHARES else FLOOR * max(abs(mine), abs(theirs))
+        spreads = (side.secondary.get(f"{key}_std", 0.0) for side in (candidate, champion))
+        step = max(step, *spreads)
         gain = mine - theirs if key in HIGHER_IS_BETTER else theirs - mine
         if gain > step:
             better[key] = f"its {key} {mine:.4g} is better than {theirs:.4g}"

@@ -62,6 +62,8 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
                     f"{error}; delete {storage.join(job.work, 'train')} to train from the start"
                 ) from error
     stage, state, curve = running.stage, running.stage.state, running.curve
+    if running.watch is not None:
+        running.watch.seen = state.images
     marks = snapshot_steps(job.config)
 
     with tracking.MetricWriter(
@@ -97,11 +99,11 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
                 running.keep_snapshot()
             if log.checked and running.watch is not None:
                 with clock.paused():
-                    for line in running.look(clock, job.config.batch):
+                    for line in running.look(clock):
                         key = f"{line['name']}/{line['ema']}/steps_{line['steps']}"
                         metrics.log(log.images, {key: line["value"]})
                     running.watch.raise_if_diverged()
-            if log.checked and not last and clock.checkpoint_due(me.world_size, me.device):
+            if log.checked and not last and clock.checkpoint_due(me.rank, me.world_size, me.device):
                 running.publish_checkpoint(me.publish, me.rank)
                 clock.checkpointed()
         if me.rank == 0:
@@ -199,15 +201,15 @@ class _Running:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def look(self, clock: "_Clock", batch: int) -> list[dict[str, Any]]:
-        """Probe when it is due and affordable, which rank 0 decides; keep the best weights."""
+    def look(self, clock: "_Clock") -> list[dict[str, Any]]:
+        """Probe when it is due, affordable to rank 0 and ready on all; keep the best weights."""
         watch, state = self.watch, self.stage.state
         assert watch is not None
-        if not watch.due(state.images, batch):
+        if not watch.due(state.images):
             return []
         trained = state.images - clock.first_images
-        within = watch.affordable(clock.own_seconds, trained)
-        if not agreed(within, watch.world_size, watch.device):
+        within = watch.rank != 0 or watch.affordable(clock.own_seconds, trained)
+        if not unanimous(watch.ready() and within, watch.world_size, watch.device):
             return []
         before = watch.best()
         lines = watch.probe(state, state.images)
@@ -309,10 +311,10 @@ class _Clock:
             **log.metrics,
         }
 
-    def checkpoint_due(self, world_size: int, device: Any) -> bool:
+    def checkpoint_due(self, rank: int, world_size: int, device: Any) -> bool:
         """Decided by rank 0's clock, since publishing is a barrier for all."""
-        due = time.monotonic() - self.last_checkpoint >= self.every
-        return agreed(due, world_size, device)
+        due = rank != 0 or time.monotonic() - self.last_checkpoint >= self.every
+        return unanimous(due, world_size, device)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -336,15 +338,15 @@ class _Clock:
         return time.monotonic() - self.started
 
 
-def agreed(mine: bool, world_size: int, device: Any) -> bool:
-    """What rank 0 says, on every rank."""
+def unanimous(mine: bool, world_size: int, device: Any) -> bool:
+    """Whether every rank says yes; the same on all of them."""
     if world_size == 1:
         return mine
     import torch
     import torch.distributed as dist
 
     flag = torch.tensor([float(mine)], device=device)
-    dist.broadcast(flag, src=0)
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag.item())
 
 

@@ -52,29 +52,31 @@ class Watch:
     world_size: int
     device: Any
     history: list[dict[str, Any]] = field(default_factory=list)  # one line per number
+    seen: int = 0  # images at the last question whether a probe is due
     spent: float = 0.0  # seconds
     last_cost: float = 0.0
     _yardstick: Yardstick | None = None
     _tools: Any = None
 
-    def due(self, images: int, batch: int) -> bool:
-        """Whether the step that ended at `images` crossed the cadence."""
-        every = self.job.config.every_images
-        return images // every > (images - batch) // every
+    def due(self, images: int) -> bool:
+        """Whether training crossed the cadence since the last time it was asked."""
+        every, before = self.job.config.every_images, self.seen
+        self.seen = images
+        return images // every > before // every
+
+    def ready(self) -> bool:
+        """Whether the reference is there: training does not wait for it."""
+        if self._yardstick is None:
+            self._yardstick = Yardstick.at(self.job.reference, self.about)
+        return self._yardstick is not None
 
     def affordable(self, elapsed: float, trained: int) -> bool:
         """Whether one more probe keeps within the share of `elapsed` seconds of training, in which
-        `trained` images were seen.
-
-        Also False while the reference is not there yet: training does not wait for it.
-        """
-        if self._yardstick is None:
-            self._yardstick = Yardstick.at(self.job.reference, self.about)
+        `trained` images were seen."""
         # Before the first one: a sample costs a forward pass per evaluation, a third of a step.
         guess = self.evaluations() * elapsed / (3 * max(trained, 1))
         cost = self.last_cost if self.spent else guess
-        within = self.spent + cost <= self.job.config.share * elapsed
-        return self._yardstick is not None and within
+        return self.spent + cost <= self.job.config.share * elapsed
 
     def evaluations(self) -> int:
         """Forward passes of one probe."""
@@ -87,11 +89,9 @@ class Watch:
     def probe(self, state: "TrainState", images: int) -> list[dict[str, Any]]:
         """Score every sampling EMA; returns the new lines. Raises Diverged on every rank."""
         started = time.monotonic()
-        yardstick = self._yardstick or Yardstick.at(self.job.reference, self.about)
-        assert yardstick is not None, "rank 0 saw it"
-        self._yardstick = yardstick
         if self._tools is None:
-            self._tools = _Tools(self.job, self.about, self.steps(), yardstick, self.device)
+            assert self._yardstick is not None, "ready() said so"
+            self._tools = _Tools(self.job, self.about, self.steps(), self._yardstick, self.device)
         lines = [
             {
                 "images": images,

@@ -420,3 +420,15 @@ def test_only_a_metric_that_is_called_fid_is_no_proxy() -> None:
     assert not proxy("fid50k")
     assert not proxy("fid_5k")
     assert all(map(proxy, ("fd_inception_fid_50k", "fd_domain_2k", "fd_squeezenet11_10k", "")))
+
+
+@pytest.mark.parametrize(("mine", "outcome"), [(4.0, "challenger"), (1.0, "champion")])
+def test_a_secondary_measure_counts_beyond_its_own_spread(mine: float, outcome: str) -> None:
+    """KID's spread over subsets is many times one percent of it; its standard deviation, and how
+    well a line fitted, are no measures of a model."""
+    champion = standing(1, 4.0, 4.0, secondary={"kid": 5.0, "kid_std": 2.0, "fd_infinity_r2": 0.9})
+    candidate = standing(
+        2, 4.0, 4.0, secondary={"kid": mine, "kid_std": 1.0, "fd_infinity_r2": 0.5}
+    )
+    decision = judged(candidate, champion)
+    assert decision.outcome == outcome

@@ -119,7 +119,7 @@ class Place:
             folder.mkdir(parents=True, exist_ok=True)
 
         # Of so short a training every probe would take more than any share.
-        self.monkeypatch.setattr(watch.Watch, "affordable", lambda *_: ready)
+        self.monkeypatch.setattr(watch.Watch, "affordable", lambda *_: True)
 
         def workers(function: Any, payload: dict[str, Any], **_: Any) -> Any:
             return function(payload)
