@@ -99,9 +99,11 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
                 running.keep_snapshot()
             if log.checked and running.watch is not None:
                 with clock.paused():
-                    for line in running.look(clock):
-                        key = f"{line['name']}/{line['ema']}/steps_{line['steps']}"
-                        metrics.log(log.images, {key: line["value"]})
+                    lines = running.look(clock)
+                for line in lines:
+                    key = f"{line['name']}/{line['ema']}/steps_{line['steps']}"
+                    metrics.log(log.images, {key: line["value"]})
+                if lines:
                     running.watch.raise_if_diverged()
             if log.checked and not last and clock.checkpoint_due(me.rank, me.world_size, me.device):
                 running.publish_checkpoint(me.publish, me.rank)

@@ -87,7 +87,7 @@ class Watch:
         return (self.job.teacher_steps,) if self.about.kind == "denoiser" else (1, 2)
 
     def probe(self, state: "TrainState", images: int) -> list[dict[str, Any]]:
-        """Score every sampling EMA; returns the new lines. Raises Diverged on every rank."""
+        """Score every sampling EMA; returns the new lines, the same on every rank."""
         started = time.monotonic()
         if self._tools is None:
             assert self._yardstick is not None, "ready() said so"
@@ -143,8 +143,10 @@ class Watch:
         self.history = [json.loads(line) for line in text.splitlines()]
 
     def _judged(self) -> list[dict[str, Any]]:
+        """In the fewest steps, and under the protocol of the last probe: others do not compare."""
         fewest = min((line["steps"] for line in self.history), default=0)
-        return [line for line in self.history if line["steps"] == fewest]
+        lines = [line for line in self.history if line["steps"] == fewest]
+        return [line for line in lines if line["digest"] == lines[-1]["digest"]]
 
     def _measure(self, weights: Any, protocol: Protocol) -> float:
         """The items are dealt to the ranks and merged in their order on each of them."""

@@ -21,7 +21,6 @@ from pipelines.dag import read_record
 
 if TYPE_CHECKING:
     from consistency.evaluation.extractors import Extractor
-
     from consistency.evaluation.frechet import Gaussian
     from consistency.published import ModelDescription
 
@@ -47,10 +46,10 @@ class FeatureNetwork:
 
     def load(self, device: str) -> "Extractor":
         """Ready to use, checked by its hash."""
-        from consistency.evaluation.extractors import domain_extractor, load_extractor
         from safetensors.torch import load
 
         from consistency.evaluation.domain import feature_net_for
+        from consistency.evaluation.extractors import domain_extractor, load_extractor
 
         if self.name == DOMAIN:
             net = feature_net_for(

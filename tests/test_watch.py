@@ -234,7 +234,14 @@ def test_ranks_share_a_probe_and_agree_on_it(
 def told(*values: float, ema: str = "power-0", **config: Any) -> Watch:
     it = watching(**config)
     it.history = [
-        {"images": 100 * (n + 1), "ema": ema, "steps": steps, "name": "fd", "value": value + steps}
+        {
+            "images": 100 * (n + 1),
+            "ema": ema,
+            "steps": steps,
+            "name": "fd",
+            "value": value + steps,
+            "digest": f"d{steps}",
+        }
         for n, value in enumerate(values)
         for steps in (1, 2)
     ]
@@ -270,6 +277,17 @@ def test_what_goes_up_and_stays_there_stops(values: tuple[float, ...], stops: bo
         it.raise_if_diverged()
     told(*values, stop_above=None).raise_if_diverged()
     told(*values, patience=9).raise_if_diverged()
+
+
+def test_numbers_of_another_protocol_are_neither_best_nor_a_rise() -> None:
+    """The recipe's watch may change between two attempts of a stage."""
+    it = told(9.0, 1.0, 9.0, 9.0, 9.0)
+    for line in it.history[:4]:
+        line["digest"] = "other"
+    it.raise_if_diverged()
+    best = it.best()
+    assert best is not None
+    assert best["images"] == 300
 
 
 def test_of_several_averages_the_best_one_speaks() -> None:
