@@ -88,7 +88,8 @@ def _about(evaluation: Evaluation, reference: ReferenceStats) -> str:
             " Class agreement is the share of samples the classifier puts into the class asked "
             f"for; it names {share(reference.accuracy)} of the real images rightly."
         )
-    return text + " Only rows of one protocol compare."
+    biased = dict.fromkeys(s.protocol.bias for s in evaluation.scores if s.protocol.bias)
+    return f"{text} Only rows of one protocol compare. {'; '.join(biased)}".rstrip()
 
 
 def _protocols(evaluation: Evaluation) -> str:

@@ -145,22 +145,6 @@ def relative_frechet_percent(
     return 100 * frechet_distance(stats, reference) / total_variance
 
 
-def rank_deficient(n: int, dim: int) -> bool:
-    """n samples of `dim` features do not determine a covariance: their distance is mostly bias."""
-    return n <= dim
-
-
-def rank_warning(n: int, dim: int) -> str | None:
-    """What is wrong with a distance of n samples of `dim` features; None from 10 `dim` on."""
-    if rank_deficient(n, dim):
-        return (
-            f"{n} samples of {dim} features: the covariance is singular, the distance mostly bias"
-        )
-    if n < 10 * dim:
-        return f"{n} samples of {dim} features: below {10 * dim} the distance is clearly biased"
-    return None
-
-
 def _gaussian(stats: GaussianStats | Gaussian) -> Gaussian:
     return stats.gaussian if isinstance(stats, GaussianStats) else stats
 

@@ -81,6 +81,16 @@ class Protocol:
     def digest(self) -> str:
         return digest_of(self)
 
+    @property
+    def bias(self) -> str | None:
+        """What n does to the distance; None from 10 D samples on (the bias falls as 1/n)."""
+        n, dim = self.samples, self.features.dim
+        if n <= dim:
+            return f"{n} samples of {dim} features: a singular covariance, mostly bias"
+        if n < 10 * dim:
+            return f"{n} samples of {dim} features: below {10 * dim} clearly biased upwards"
+        return None
+
     def flat(self) -> dict[str, str | int | None]:
         """Every field on one level, as a record that can be compared key by key."""
         fields = dataclasses.asdict(self)
