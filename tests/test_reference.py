@@ -158,6 +158,11 @@ def test_the_same_pixels_are_measured_once_however_they_are_cut(
     again, yardstick = Place(tmp_path, channels=3, num_shards=3).run(config)
     assert again == first
     assert yardstick.statistics().n == COUNT
+    renamed = tmp_path / "another.safetensors"
+    Path(str(config.weights_path)).rename(renamed)
+    config = replace(config, weights_path=str(renamed))
+    _, yardstick = Place(tmp_path, channels=3).run(config)
+    assert yardstick.network.load("cpu").protocol == first.protocol
     # A damaged entry is no entry.
     stats = next(tmp_path.glob("references/*/stats.safetensors"))
     stats.write_bytes(stats.read_bytes()[:-8] + b"\0" * 8)

@@ -60,7 +60,8 @@ def run(ctx: StepContext, config: ReferenceStage, shard: Committed[ShardSet]) ->
         found = _measured(ctx, network, protocol, shard)
         if shared:
             _store(ctx, store, found)
-    return found
+    # The same weights may have gone by another name when the entry was made.
+    return replace(found, extractor_file=network.url.rsplit("/", 1)[-1])
 
 
 def _domain(
