@@ -36,8 +36,10 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
     me = TrainWorker()
     try:
         return _train(payload["job"], me)
-    except (NonFiniteLoss, Diverged) as error:  # raised on every rank
+    except NonFiniteLoss as error:  # raised on every rank
         return {"failed": str(error), "user": False}
+    except Diverged as error:  # so is this, and its text says what to mend
+        return {"failed": str(error), "user": True}
     except UserError as error:
         if me.world_size > 1:  # the other ranks would wait for this one
             raise

@@ -19,6 +19,7 @@ from consistency.evaluation.domain import feature_net_for
 from consistency.evaluation.frechet import GaussianStats
 from consistency.method_config import ConsistencyConfig, LognormalPairs, SqrtLevels
 from infra import cluster, shards, sources
+from infra.errors import UserError
 from pipelines import train_worker, watch
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
 from pipelines.dag import StepContext
@@ -218,7 +219,7 @@ def test_after_a_crash_it_remembers_what_it_saw(place: Place) -> None:
 def test_a_diverging_run_stops_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([5.0, 5.0, 5.0, 5.0] + [50.0] * 100)
     monkeypatch.setattr(watch.Watch, "_measure", lambda self, weights, protocol: next(values))
-    with pytest.raises(RuntimeError, match=r"isolate diverges: .* was 5 at 32 images and is 50 at"):
+    with pytest.raises(UserError, match=r"isolate diverges: .* was 5 at 32 images and is 50 at"):
         place.train("bad", every_images=32, patience=2)
     assert max(images for images, _, _ in place.logged) == 96
     assert (place.home / "bad" / "work" / "final" / "best" / "weights.safetensors").exists()
