@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from consistency.evaluation.extractors import Extractor
     from consistency.evaluation.frechet import Gaussian, GaussianStats
     from consistency.published import PublishedModel
+    from pipelines.dag import StepContext
     from pipelines.recipe import Cluster
 
 PROGRESS_EVERY_SECONDS = 2.0
@@ -142,15 +143,34 @@ def measure_all(
     """Every job's numbers. Partial sums are kept in `work`, and gone on with."""
     reference = yardstick.statistics()
 
-    def value(stats: "GaussianStats") -> float:
-        from consistency.evaluation.frechet import frechet_distance
-
-        return yardstick.reference.reported(frechet_distance(stats, reference))
-
     blocks = [_blocks(job, storage.join(work, "blocks")) for job in jobs]
     make = partial(Evaluator, yardstick, tuple(jobs), threads)
-    fill(blocks, make, spread, work=work, save_every=save_every, value_of=value)
+    fill(
+        blocks,
+        make,
+        spread,
+        work=work,
+        save_every=save_every,
+        value_of=partial(yardstick.value, reference),
+    )
     return [_measured(yardstick, reference, *pair) for pair in zip(jobs, blocks, strict=True)]
+
+
+def measure_in_step(
+    ctx: "StepContext", yardstick: Yardstick, jobs: Sequence[Job]
+) -> list[Measured]:
+    """`measure_all` on the evaluators of a step's cluster."""
+    import torch
+
+    torch.set_num_threads(1)  # merging waits for the evaluators
+    return measure_all(
+        yardstick,
+        jobs,
+        on_actors(ctx.cluster),
+        work=ctx.work,
+        save_every=ctx.cluster.checkpoint_every_seconds,
+        threads=ctx.cluster.cpus_per_evaluator,
+    )
 
 
 def fill(

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from consistency.evaluation.protocol import Protocol
@@ -19,7 +20,6 @@ from pipelines.scoring import in_order, sample_part
 from pipelines.yardstick import Yardstick
 
 if TYPE_CHECKING:
-    from consistency.evaluation.frechet import Gaussian
     from consistency.published import ModelDescription
     from consistency.state import TrainState
 
@@ -194,8 +194,7 @@ class _Tools:
             self.model = published.build(about, published.build_network(about).state_dict())
             self.extractor = yardstick.network.load(str(device))
         self.model.function.to(device)
-        self.reference: Gaussian = yardstick.statistics()
-        self.reported = yardstick.reference.reported
+        self.value = partial(yardstick.value, yardstick.statistics())
         self.protocols = {
             count: yardstick.protocol(
                 samples=job.config.samples,
@@ -218,11 +217,6 @@ class _Tools:
             judge=False,
         )
         return replace(part, sheet=None, features=None)
-
-    def value(self, stats: Any) -> float:
-        from consistency.evaluation.frechet import frechet_distance
-
-        return self.reported(frechet_distance(stats, self.reference))
 
 
 def write_best(folder: str, weights: bytes, about: str, line: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from pipelines.dag import read_record
 
 if TYPE_CHECKING:
     from consistency.evaluation.extractors import Extractor
-    from consistency.evaluation.frechet import Gaussian
+    from consistency.evaluation.frechet import Gaussian, GaussianStats
     from consistency.published import ModelDescription
 
 STATS = "stats.safetensors"
@@ -126,6 +126,12 @@ class Yardstick:
         arrays = load(storage.read_bytes(storage.join(self.url, STATS)))
         n = int(arrays["n"])
         return Gaussian(arrays["mean"], arrays["covariance"], n if n > 0 else None)
+
+    def value(self, reference: "Gaussian", stats: "GaussianStats") -> float:
+        """The distance of samples from `statistics()`, in the metric's unit."""
+        from consistency.evaluation.frechet import frechet_distance
+
+        return self.reference.reported(frechet_distance(stats, reference))
 
     def real_features(self) -> NDArray[np.float32]:
         """[n, D] of the first real images."""

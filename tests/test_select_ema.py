@@ -19,6 +19,7 @@ from consistency.config import NetworkConfig, NoiseConfig, PowerEMA, TeacherConf
 from consistency.ema import ema_update_, gamma_from_sigma_rel, power_beta
 from consistency.evaluation.domain import extract, feature_net_for
 from consistency.evaluation.frechet import GaussianStats
+from pipelines import scoring
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel, content_of
 from pipelines.dag import StepContext
 from pipelines.recipe import Cluster, SelectConfig
@@ -125,7 +126,7 @@ class Judge:
     asked: list[tuple[str, Job]] = field(default_factory=list)
 
     def __call__(
-        self, yardstick: Yardstick, jobs: Sequence[Job], *_: Any, **__: Any
+        self, ctx: StepContext, yardstick: Yardstick, jobs: Sequence[Job]
     ) -> list[Measured]:
         return [self.measure(job) for job in jobs]
 
@@ -150,7 +151,7 @@ class Place:
     reference: ReferenceStats = REFERENCE
 
     def run(self, judge: Judge, mid_sigma: float = 0.7, **select: Any) -> TrainedModel:
-        self.monkeypatch.setattr(select_ema, "measure_all", judge)
+        self.monkeypatch.setattr(select_ema, "measure_in_step", judge)
         return self.select(mid_sigma, **select)
 
     def select(self, mid_sigma: float = 0.7, **select: Any) -> TrainedModel:
@@ -287,7 +288,7 @@ def test_the_real_measuring_finds_the_average_the_real_images_came_from(place: P
     place.reference = reference(
         replace(DOMAIN, weights_sha256=sha256), total_variance=float(real.covariance.trace())
     )
-    place.monkeypatch.setattr(select_ema, "on_actors", lambda cluster: in_process)
+    place.monkeypatch.setattr(scoring, "on_actors", lambda cluster: in_process)
     asked = {"sigma_rel": (0.15, 0.20), "samples": 200, "steps": 2, "seed": 4}
     assert place.select(0.7, **asked).ema == "power-0.1"
     values = place.table()

@@ -21,7 +21,7 @@ from pipelines.artifacts import (
 )
 from pipelines.dag import StepContext
 from pipelines.recipe import EvaluateConfig
-from pipelines.scoring import Job, Subject, measure_all, on_actors
+from pipelines.scoring import Job, Subject, measure_in_step
 from pipelines.yardstick import Yardstick
 
 if TYPE_CHECKING:
@@ -44,11 +44,9 @@ def run(
     protocols.json: how each number came about.
     """
     import numpy as np
-    import torch
 
     from pipelines import png
 
-    torch.set_num_threads(1)  # merging waits for the evaluators
     yardstick = Yardstick.of(shard, reference)
     models = {"teacher": teacher, **candidates}
     abouts = {name: _description(ctx, config, trained) for name, trained in models.items()}
@@ -57,14 +55,7 @@ def run(
         for name, trained in models.items()
         for job in _jobs(config, yardstick, name, trained, abouts[name])
     ]
-    found = measure_all(
-        yardstick,
-        jobs,
-        on_actors(ctx.cluster),
-        work=ctx.work,
-        save_every=ctx.cluster.checkpoint_every_seconds,
-        threads=ctx.cluster.cpus_per_evaluator,
-    )
+    found = measure_in_step(ctx, yardstick, jobs)
     scores: list[Score] = []
     sheets: dict[str, Any] = {}
     for job, measured in zip(jobs, found, strict=True):

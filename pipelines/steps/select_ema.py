@@ -15,7 +15,7 @@ from infra import storage
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel
 from pipelines.dag import StepContext
 from pipelines.recipe import SelectConfig
-from pipelines.scoring import Job, Subject, measure_all, on_actors
+from pipelines.scoring import Job, Subject, measure_in_step
 from pipelines.yardstick import Yardstick
 
 TABLE = "ema.json"
@@ -45,11 +45,8 @@ def run(
 
     The lowest distance wins, a distance that is not finite comes last.
     """
-    import torch
-
     from consistency.published import ModelDescription
 
-    torch.set_num_threads(1)  # merging waits for the evaluators
     select = config.select
     about = ModelDescription.from_json(ctx.fetch(trained, "config.json").read_text())
     about = replace(about, mid_sigma=config.mid_sigma)
@@ -75,14 +72,7 @@ def run(
         )
         for name, url in urls.items()
     ]
-    found = measure_all(
-        yardstick,
-        jobs,
-        on_actors(ctx.cluster),
-        work=ctx.work,
-        save_every=ctx.cluster.checkpoint_every_seconds,
-        threads=ctx.cluster.cpus_per_evaluator,
-    )
+    found = measure_in_step(ctx, yardstick, jobs)
     values = {name: one.values[0] for name, one in zip(urls, found, strict=True)}
     chosen = min(values, key=lambda name: (not math.isfinite(values[name]), values[name]))
 
