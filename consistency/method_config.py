@@ -130,6 +130,9 @@ TargetConfig = TargetEMA | StopGradTarget
 
 # --- stages --------------------------------------------------------------------------------------
 
+# The first weights: random ones, the teacher's, or (of isolation) those of the distilled model.
+Init = Literal["scratch", "teacher", "distilled"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig(TrainConfig):
@@ -140,7 +143,7 @@ class ConsistencyConfig(TrainConfig):
 
     kind: Literal["discrete"] = "discrete"
     method: str
-    init: Literal["scratch", "teacher"]
+    init: Init
     pairs: PairsConfig
     path: Literal["heun", "euler", "noise"]  # teacher ODE step, or the same noise (CT)
     distance: Literal["l1", "squared_l2", "pseudo_huber", "lpips"] = "pseudo_huber"
@@ -181,7 +184,8 @@ class ConsistencyConfig(TrainConfig):
 
     @property
     def uses_teacher(self) -> bool:
-        return self.init == "teacher" or self.path != "noise"
+        """Whether it begins with, or asks, another model."""
+        return self.init != "scratch" or self.path != "noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +194,7 @@ class SCMConfig(TrainConfig):
 
     kind: Literal["scm"] = "scm"
     method: str
-    init: Literal["scratch", "teacher"]
+    init: Init
     path: Literal["teacher", "noise"]  # dx_t/dt from the teacher (sCD), or from the sample (sCT)
     P_mean: float = -1.0  # ln sigma ~ N(P_mean, P_std^2)
     P_std: float = 1.4
@@ -219,7 +223,8 @@ class SCMConfig(TrainConfig):
 
     @property
     def uses_teacher(self) -> bool:
-        return self.init == "teacher" or self.path == "teacher"
+        """Whether it begins with, or asks, another model."""
+        return self.init != "scratch" or self.path == "teacher"
 
 
 @dataclass(frozen=True, kw_only=True)

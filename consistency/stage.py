@@ -84,8 +84,8 @@ def begin(
 ) -> Stage:
     """Step zero. The initial weights are a function of `seed`, on every rank and every attempt.
 
-    `teacher_weights` (of an inner network of the same shape) are the teacher's and, where the
-    config says so, the student's first ones.
+    `teacher_weights` (of an inner network of the same shape) are those of the model that the config
+    begins with or asks: the teacher's, or the distilled model's (`init: distilled`).
     """
     objective = objective_for(config, description.noise, lpips)
     teacher = target = None
@@ -96,7 +96,7 @@ def begin(
             target = build_network(description, config.dropout, config.dropout_max_side).to(device)
         if not isinstance(config, TeacherConfig) and config.uses_teacher:
             assert teacher_weights is not None, "this stage needs a teacher's weights"
-            if config.init == "teacher":
+            if config.init != "scratch":
                 net.load_state_dict(dict(teacher_weights))
             if config.path != "noise":
                 teacher = build_network(description).to(device)

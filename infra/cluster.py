@@ -1,4 +1,4 @@
-"""Ray, and nothing but Ray: tasks for steps, Train for training workers.
+"""Ray, and nothing but Ray: tasks for steps, Train for training workers. Tune is in `tuning`.
 
 The surface is kept small on purpose (init, remote, wait, get, cancel, TorchTrainer): Ray removes
 more than it keeps. Import this module only when something must run; it costs a second.
@@ -10,7 +10,7 @@ import os
 import secrets
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,11 +104,13 @@ def train_workers(
     gpus_per_worker: float,
     checkpoints_kept: int,
     max_failures: int,
+    reports_to_tune: bool = False,
 ) -> Any:
     """Run `worker(payload)` on Ray Train workers; returns what rank 0 returned.
 
     The same `storage_url` and `name` continue an interrupted run: workers then find its last
-    checkpoint through `TrainWorker.latest_checkpoint`.
+    checkpoint through `TrainWorker.latest_checkpoint`. Inside a Tune trial `reports_to_tune` passes
+    on what rank 0 reports.
     """
     import ray.train
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -126,6 +128,10 @@ def train_workers(
         filesystem, path = fsspec.core.url_to_fs(storage_url)
         handler = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(filesystem))
         run = {"storage_path": path, "storage_filesystem": handler}
+    if reports_to_tune:
+        from ray.tune.integration.ray_train import TuneReportCallback
+
+        run["callbacks"] = [TuneReportCallback()]  # type: ignore[no-untyped-call]
     trainer = TorchTrainer(
         worker,
         train_loop_config=payload,
@@ -291,7 +297,7 @@ class TrainWorker:
         with checkpoint.as_directory() as folder:
             yield Path(folder)
 
-    def publish(self, folder: Path | None, images: int) -> None:
+    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
         """Hand a checkpoint to Ray Train. A barrier: every rank calls it, rank 0 with a folder.
 
         The name is unique: a directory left by a crash must never mix with a new one.
@@ -299,5 +305,5 @@ class TrainWorker:
         from ray import train
 
         checkpoint = None if folder is None else train.Checkpoint.from_directory(str(folder))
-        name = f"images-{images:012d}-{secrets.token_hex(3)}"
-        train.report({"images": images}, checkpoint=checkpoint, checkpoint_dir_name=name)
+        name = f"images-{report['images']:012d}-{secrets.token_hex(3)}"
+        train.report(dict(report), checkpoint=checkpoint, checkpoint_dir_name=name)

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this": printed as a single line, exit code 2."""
+"""What can go wrong that callers tell apart; UserError is a single line and exit code 2."""
 
 
 class UserError(Exception):
@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class WorkerLost(Exception):
     """The process or node that ran a task is gone; the task may be tried again."""
+
+
+class TrainingFailed(Exception):
+    """The numbers of a training went wrong (a loss that is not finite); the text says where."""

@@ -235,6 +235,13 @@ def finish_run(uri: str, run_id: str, status: str) -> None:
     connect(uri).set_terminated(run_id, status)
 
 
+def log_metrics(uri: str, run_id: str, metrics: Mapping[str, float]) -> None:
+    """Figures of a whole run."""
+    client = connect(uri)
+    for name, value in metrics.items():
+        client.log_metric(run_id, name, value)
+
+
 def log_artifacts(uri: str, run_id: str, paths: Sequence[Path]) -> None:
     """Files, or folders under their own name, into the run."""
     client = connect(uri)
@@ -334,10 +341,14 @@ class MetricWriter:
         if self._enabled and images > self._after:
             self._queue.put((images, int(time.time() * 1000), dict(metrics)))
 
-    def close(self) -> None:
-        """Write what is queued, within the deadline; what is then left is lost, with a warning."""
+    def close(self, status: str | None = None) -> None:
+        """Write what is queued, within the deadline; what is then left is lost, with a warning.
+
+        `status` is how a run that was opened here ends, if not as FINISHED.
+        """
         if not self._enabled or self._closing.is_set():
             return
+        self._status = status or self._status
         self._closing.set()
         self._thread.join(self._deadline)
         left = len(self._pending) + self._queue.qsize()

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, field
+from types import NoneType, UnionType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 from consistency.evaluation.protocol import FeatureProtocol, Protocol
@@ -74,6 +75,25 @@ class TrainedModel:
     snapshots: tuple[str, ...] = ()  # NAME-STEPS
     watched: bool = field(default=False, metadata=MEASURED)  # `watch.jsonl` has its distances
     best: str | None = field(default=None, metadata=MEASURED)  # of them, whose weights are `best/`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What a sweep decided: `recipe.yaml` is the recipe with the winner's settings, `delta.yaml`
+    what differs. `summary.json` holds every trial, `sweep.html` shows them."""
+
+    sweep: str
+    stage: str
+    trials: int
+    winner: int
+    settings: tuple[str, ...]  # overrides that make the winner of the recipe
+    ema: str  # the winner's best sampling EMA
+    # Fingerprint of the trial whose files are the stage's result; None: it is trained anew, since
+    # trials had a smaller budget.
+    trained: str | None
+    metric: str  # with its n
+    value: float
+    spent: float = field(metadata=MEASURED)  # share of what all trials in full would have cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +219,10 @@ def from_json(cls: type, raw: Any) -> Any:
 
 
 def _decode(hint: Any, raw: Any) -> Any:
+    if get_origin(hint) is UnionType:  # X | None
+        if raw is None:
+            return None
+        (hint,) = (member for member in get_args(hint) if member is not NoneType)
     if get_origin(hint) is tuple:
         return tuple(_decode(get_args(hint)[0], item) for item in raw)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):

@@ -87,16 +87,45 @@ def _parser() -> argparse.ArgumentParser:
             help="dotted overrides: teacher.images=200_000, cluster.workers=2",
         )
 
+    def add_tuning(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--tune", action="store_true", help="search a stage's settings before it is trained"
+        )
+        sub.add_argument(
+            "--sweep",
+            action="append",
+            default=[],
+            metavar="NAME",
+            help="with --tune: isolation (default), distillation, or a YAML file; repeatable",
+        )
+
     run = add(
         "run", commands.run, "run what is not done yet, up to a registered model and its report"
     )
     add_recipe(run, optional=False)
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    add_tuning(run)
     run.add_argument(
         "--force", action="append", default=[], metavar="STEP", help="run this step again"
     )
     plan = add("plan", commands.plan, "print what a run would reuse and do, with the reasons")
     add_recipe(plan, optional=False)
+    add_tuning(plan)
+    text = "search the settings of a stage with Ray Tune, and print the winner's"
+    tune = add("tune", commands.tune, text)
+    add_recipe(tune, optional=True)
+    tune.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="isolation (default), distillation, or a YAML file; its keys as sweep.trials=32",
+    )
+    tune.add_argument("--dry-run", action="store_true", help="print space and cost, and stop")
+    tune.add_argument("--status", action="store_true", help="print how every trial stands")
+    tune.add_argument(
+        "--extend", type=int, metavar="N", help="so many trials more than there have been"
+    )
     status = add("status", commands.status, "print how far the workspace is")
     add_recipe(status, optional=True)
     report = add("report", commands.report, "print where the report is, or copy it")

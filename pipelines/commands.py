@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import signal
 import sys
 import tempfile
@@ -13,35 +12,90 @@ from typing import Any
 
 from infra import storage
 from infra.errors import UserError
+from pipelines.arguments import load, source
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pipelines import config, dag, execution, graph
-    from pipelines.progress import Progress
+    from pipelines import dag, graph
 
-    recipe, cluster = _load(arguments)
-    steps = graph.build(recipe, cluster)
+    recipe, cluster = load(arguments)
+    steps = graph.build(recipe, cluster, source(arguments, recipe))
     for name in arguments.force:
         if name not in [step.name for step in steps]:
             known = ", ".join(step.name for step in steps)
             raise UserError(f"--force {name}: no such step; the steps are {known}")
     lines = dag.plan(steps, cluster.workspace)
+    _check_sweeps(lines, arguments.force)
     if arguments.dry_run:
         _print_plan(lines, arguments.force)
         return 0
+    code = _execute(recipe, cluster, steps, lines, arguments.force)
+    if code == 0:
+        _print_result(steps, cluster.workspace)
+    return code
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    from pipelines import dag, graph, tune_command
+
+    recipe, cluster = load(arguments)
+    if arguments.extend is not None and arguments.extend < 1:
+        raise UserError(f"--extend: {arguments.extend} must be at least 1")
+
+    def step_of(recipe: Any) -> Any:
+        steps = graph.build(recipe, cluster, source(arguments, recipe))
+        name = tune_command.STEPS[recipe.tune[0].stage]
+        return next(step for step in steps if step.name == name)
+
+    step = step_of(recipe)
+    if arguments.extend is not None:
+        begun = len(tune_command.ledger_at(step, cluster).trials())
+        sweep = replace(recipe.tune[0], trials=begun + arguments.extend)
+        recipe = replace(recipe, tune=(sweep,))
+        step = step_of(recipe)
+    if arguments.dry_run:
+        tune_command.show_plan(step, cluster)
+        return 0
+    if arguments.status:
+        tune_command.show_status(step, cluster)
+        return 0
+    lines = dag.plan([step], cluster.workspace)
+    _check_sweeps(lines, [])
+    code = _execute(recipe, cluster, [step], lines, [], step)
+    if code == 0:
+        tune_command.show_result(step, cluster.workspace)
+    return code
+
+
+def _execute(
+    recipe: Any,
+    cluster: Any,
+    targets: Sequence[Any],
+    lines: Sequence[Any],
+    force: Sequence[str],
+    sweep: Any = None,
+) -> int:
+    """Run what is not done; `sweep` is the step whose trials are shown as they go."""
+    from pipelines import config, dag, execution, sweep_table, tune_command
+    from pipelines.progress import Progress
+
+    view = None
+    if sweep is not None:
+        ledger = tune_command.ledger_at(sweep, cluster)
+        view = sweep_table.SweepView(ledger, sweep.config.sweep)
     lock = dag.lock_workspace(cluster.workspace)
     try:
         for line in lines:
-            if line.step.name in arguments.force:
+            if line.step.name in force:
                 dag.set_aside(cluster.workspace, line.step)
-        _warn_of_drift(lines, arguments.force)
+        _warn_of_drift(lines, force)
         text = config.resolved_yaml(recipe).encode()
         storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
         settings = dag.Settings(cluster.workspace, _tracking_uri(cluster), recipe.name, cluster)
-        events = execution.execute(steps, settings, lambda: _ray(cluster.address))
+        events = execution.execute(targets, settings, lambda: _ray(cluster.address))
         with (
             _sigterm_as_interrupt(),
-            Progress(lines, cluster.workspace) as progress,
+            Progress(lines, cluster.workspace, view) as progress,
             contextlib.closing(events),  # on an interrupt this cancels what runs
         ):
             for event in events:
@@ -54,15 +108,17 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         if lock is not None:
             lock.close()
-    _print_result(steps, cluster.workspace)
     return 0
 
 
 def plan(arguments: argparse.Namespace) -> int:
     from pipelines import dag, graph
 
-    recipe, cluster = _load(arguments)
-    _print_plan(dag.plan(graph.build(recipe, cluster), cluster.workspace), [])
+    recipe, cluster = load(arguments)
+    steps = graph.build(recipe, cluster, source(arguments, recipe))
+    lines = dag.plan(steps, cluster.workspace)
+    _check_sweeps(lines, [])
+    _print_plan(lines, [])
     return 0
 
 
@@ -70,7 +126,7 @@ def status(arguments: argparse.Namespace) -> int:
     from pipelines import dag, graph
     from pipelines.progress import progress_line
 
-    recipe, cluster = _load(arguments)
+    recipe, cluster = load(arguments)
     print(f"{recipe.name} in {cluster.workspace}")
     lines = dag.plan(graph.build(recipe, cluster), cluster.workspace)
     width = max(10, *(len(line.step.name) for line in lines))
@@ -88,7 +144,7 @@ def status(arguments: argparse.Namespace) -> int:
 def report(arguments: argparse.Namespace) -> int:
     from pipelines import dag, graph
 
-    recipe, cluster = _load(arguments)
+    recipe, cluster = load(arguments)
     line = dag.plan(graph.build(recipe, cluster), cluster.workspace)[-1]
     if line.committed is None:
         recipe_name = arguments.recipe or recipe.name
@@ -105,7 +161,7 @@ def sample(arguments: argparse.Namespace) -> int:
     from pipelines import sample
 
     arguments.recipe, arguments.overrides = None, []
-    _, cluster = _load(arguments, recipe_needed=False)
+    _, cluster = load(arguments, recipe_needed=False)
     path = sample.draw(
         arguments.model,
         cluster.workspace,
@@ -125,13 +181,13 @@ def sample(arguments: argparse.Namespace) -> int:
 def estimate(arguments: argparse.Namespace) -> int:
     from pipelines import estimate
 
-    return estimate.show(arguments, _load(arguments, recipe_needed=False)[1])
+    return estimate.show(arguments, load(arguments, recipe_needed=False)[1])
 
 
 def doctor(arguments: argparse.Namespace) -> int:
     from pipelines import doctor
 
-    _, cluster = _load(arguments, recipe_needed=False)
+    _, cluster = load(arguments, recipe_needed=False)
     checks = doctor.examine(cluster.workspace, cluster.tracking_uri)
     for check in checks:
         print(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<14} {check.detail}")
@@ -143,7 +199,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
     if arguments.samples is not None and arguments.samples < 2:
         raise UserError(f"--samples: {arguments.samples} must be at least 2")
-    recipe, cluster = _load(arguments)
+    recipe, cluster = load(arguments)
     compare.show(
         (arguments.a, arguments.b),
         recipe,
@@ -159,7 +215,7 @@ def compare(arguments: argparse.Namespace) -> int:
 def reference_export(arguments: argparse.Namespace) -> int:
     from consistency.evaluation.npz import write_npz
 
-    yardstick = _yardstick(*_load(arguments))
+    yardstick = _yardstick(*load(arguments))
     target = storage.absolute(arguments.file)
     with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
         local = Path(folder) / "statistics.npz"
@@ -194,80 +250,15 @@ def weights_import(arguments: argparse.Namespace) -> int:
 # --- shared ---------------------------------------------------------------------------------------
 
 
-def _load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[Any, Any]:
-    """Recipe and cluster from the arguments; all their errors in one UserError."""
-    from pipelines import config
+def _check_sweeps(lines: Sequence[Any], forced: Sequence[str]) -> None:
+    """UserError for a sweep that is none, before anything starts."""
+    from pipelines import tune_command
 
-    overrides = list(getattr(arguments, "overrides", []))
-    recipe_name = getattr(arguments, "recipe", None)
-    if recipe_name is not None and "=" in recipe_name:  # `status key=value`
-        recipe_name, overrides = None, [recipe_name, *overrides]
-    own = [text.removeprefix("cluster.") for text in overrides if text.startswith("cluster.")]
-    rest = [text for text in overrides if not text.startswith("cluster.")]
-    name = arguments.cluster or ("auto" if os.environ.get("RAY_ADDRESS") else "laptop")
-    try:
-        cluster = config.load_cluster(name, own)
-    except UserError as error:
-        if recipe_name is not None:
-            try:
-                config.load_recipe(recipe_name, rest)
-            except UserError as more:
-                raise UserError(f"{error}\n{more}") from None
-        raise
-    if arguments.workspace is not None:
-        cluster = replace(cluster, workspace=arguments.workspace)
-    if not cluster.workspace:
-        raise UserError("workspace: empty; name a folder or an fsspec URL with --workspace")
-    cluster = replace(cluster, workspace=storage.absolute(cluster.workspace))
-    if os.environ.get("MLFLOW_TRACKING_URI") and cluster.tracking_uri is None:
-        cluster = replace(cluster, tracking_uri=os.environ["MLFLOW_TRACKING_URI"])
-    if not recipe_needed:
-        return None, cluster
-    if recipe_name is not None:
-        return _at_absolute_paths(config.load_recipe(recipe_name, rest)), cluster
-    saved = storage.join(cluster.workspace, "recipe.yaml")
-    if not storage.exists(saved):
-        raise UserError(
-            f"nothing has run in workspace {cluster.workspace}; name a recipe, "
-            f"or another --workspace"
-        )
-    if storage.is_local(saved):
-        return config.load_recipe(saved, rest), cluster
-    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
-        local = os.path.join(folder, "recipe.yaml")
-        Path(local).write_bytes(storage.read_bytes(saved))
-        return config.load_recipe(local, rest), cluster
-
-
-def _at_absolute_paths(recipe: Any) -> Any:
-    """Relative paths are the shell's; workers and later commands may stand elsewhere."""
-    from consistency.method_config import ConsistencyConfig
-
-    if recipe.data.path is not None:
-        data = replace(recipe.data, path=storage.absolute(recipe.data.path))
-        recipe = replace(recipe, data=data)
-    recipe = replace(recipe, reference=_reference_at_absolute_paths(recipe.reference))
-    for name in ("distill", "isolate"):
-        stage = getattr(recipe, name)
-        if isinstance(stage, ConsistencyConfig) and stage.lpips is not None:
-            stage = replace(stage, lpips=storage.absolute(stage.lpips))
-            recipe = replace(recipe, **{name: stage})
-    return recipe
-
-
-def _reference_at_absolute_paths(reference: Any) -> Any:
-    from pipelines import weights
-
-    files = {
-        key: storage.absolute(getattr(reference, key))
-        for key in ("weights", "statistics")
-        if getattr(reference, key) is not None
-    }
-    extractor = tuple(
-        storage.absolute(entry) if weights.is_path(entry) else entry
-        for entry in reference.extractor
-    )
-    return replace(reference, extractor=extractor, **files)
+    for line in lines:
+        to_run = line.state == "to run" or line.step.name in forced
+        if line.step.gang == "trials" and to_run:
+            config = line.step.config
+            tune_command.refuse_what_cannot_be(config.sweep, config.source)
 
 
 def _yardstick(recipe: Any, cluster: Any) -> Any:

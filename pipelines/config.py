@@ -1,4 +1,4 @@
-"""YAML and dotted overrides into the frozen values of `recipe` and `consistency.config`, strictly.
+"""YAML and dotted overrides into frozen values (recipes, clusters, sweeps), strictly.
 
 Precedence: dataclass default < method preset < recipe file < override.
 
@@ -15,6 +15,8 @@ All mistakes of a file and its overrides are reported at once, one line each, as
 import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -44,8 +46,9 @@ from pipelines.strict_yaml import (
     parse,
     user_error,
 )
+from pipelines.sweep import SweepConfig
 
-Folder = Literal["recipes", "clusters", "methods"]
+Folder = Literal["recipes", "clusters", "methods", "sweeps"]
 
 # The stages that have a method, and the kinds of presets each takes.
 METHOD_SECTIONS: dict[str, tuple[str | None, ...]] = {
@@ -68,29 +71,63 @@ FILE, PRESET, OVERRIDE = 0, 1, 2  # layers of a Mark; overrides count on from OV
 MAX_BYTES = 1_000_000
 
 
+@dataclass(frozen=True)
+class RecipeSource:
+    """A recipe's text with overrides: what trials are variations of. Plain text, so that it can be
+    sent to other processes and machines; of files it needs the packaged method presets only."""
+
+    name: str  # where the text is from, as mistakes call it
+    text: str
+    overrides: tuple[str, ...] = ()
+
+    def recipe(self, extra: Sequence[str] = ()) -> Recipe:
+        """The recipe with the overrides and then `extra`: the last one wins, and one that changes a
+        method takes away what the file said of the old one. UserError lists every mistake."""
+        problems: Problems = []
+        tree = _root_mapping(self.text, Mark(FILE, self.name, 1, 1), problems)
+        changes = _read_overrides((*self.overrides, *extra), problems)
+        for section in METHOD_SECTIONS:
+            tree, changes = _on_method_preset(section, tree, changes, problems)
+        return build(Recipe, merge(tree, changes), problems)
+
+
+def read_source(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeSource:
+    """A packaged recipe's name or a path to a .yaml file, not yet looked into. UserError when there
+    is no such text."""
+    return RecipeSource(*_read_text("recipes", name_or_path), tuple(overrides))
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """A packaged recipe's name or a path to a .yaml file. UserError lists every mistake."""
-    problems: Problems = []
-    tree = _read_file("recipes", name_or_path, FILE, problems)
-    changes = _read_overrides(overrides, problems)
-    for section in METHOD_SECTIONS:
-        tree, changes = _on_method_preset(section, tree, changes, problems)
-    return build(Recipe, merge(tree, changes), problems)
+    return read_source(name_or_path, overrides).recipe()
 
 
 def load_cluster(name_or_path: str, overrides: Sequence[str] = ()) -> Cluster:
     """A packaged cluster's name or a path to a .yaml file. UserError lists every mistake."""
     problems: Problems = []
-    tree = _read_file("clusters", name_or_path, FILE, problems)
+    tree = _read_file("clusters", name_or_path, problems)
     return build(Cluster, merge(tree, _read_overrides(overrides, problems)), problems)
 
 
+def load_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepConfig:
+    """A packaged sweep's name or a path to a .yaml file. UserError lists every mistake.
+
+    The elements of an axis' `choice` are kept as they are written (80, true, 1e-3, ict): they go
+    behind `key=` of an override. Lists and mappings are quoted: '{kind: ema, mu: 0.95}'.
+    """
+    problems: Problems = []
+    tree = _read_file("sweeps", name_or_path, problems)
+    tree = merge(tree, _read_overrides(overrides, problems))
+    return build(SweepConfig, _with_choices_as_text(tree, problems), problems)
+
+
 def names(folder: Folder) -> list[str]:
-    """The packaged recipes, clusters or methods."""
-    return sorted(path.stem for path in (_root() / folder).glob("*.yaml"))
+    """The packaged recipes, clusters, methods or sweeps."""
+    files = os.listdir(_root() / folder)
+    return sorted(file.removesuffix(".yaml") for file in files if file.endswith(".yaml"))
 
 
-def resolved_yaml(value: Recipe | Cluster) -> str:
+def resolved_yaml(value: Recipe | Cluster | SweepConfig) -> str:
     """Every key with its final value; loading the text gives an equal value."""
     # ASCII: PyYAML writes some line breaks of Unicode (U+0085) so that they are read as spaces.
     return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=False, width=100)
@@ -102,22 +139,27 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+@cache
 def _root() -> Path:
     """The presets inside an installed package, or `configs/` of a checkout."""
     packaged = Path(__file__).parent / "presets"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def _read_file(
-    folder: Folder, name_or_path: str, layer: int, problems: Problems, chosen_at: Mark | None = None
-) -> Node:
+def _read_file(folder: Folder, name_or_path: str, problems: Problems) -> Node:
     """The file's root mapping. UserError when there is no such thing to go on with."""
+    source, text = _read_text(folder, name_or_path)
+    return _root_mapping(text, Mark(FILE, source, 1, 1), problems)
+
+
+def _read_text(folder: Folder, name_or_path: str) -> tuple[str, str]:
+    """(what mistakes call the file, its text)."""
     kind = folder.removesuffix("s")
     if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path or os.sep in name_or_path:
         source, path = name_or_path, Path(name_or_path)
     else:
         path = _root() / folder / f"{name_or_path}.yaml"
-        if name_or_path not in names(folder):
+        if not path.is_file():
             raise UserError(
                 f"unknown {kind} {name_or_path!r}{did_you_mean(name_or_path, names(folder))} "
                 f"(packaged: {', '.join(names(folder))}; or give a path to a .yaml file)"
@@ -137,16 +179,63 @@ def _read_file(
     if len(raw) > MAX_BYTES:
         raise UserError(f"{source}: larger than {MAX_BYTES:,} bytes, not a {kind}")
     try:
-        text = raw.decode("utf-8")
+        return source, raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{source}:{line}:1: not UTF-8 text; save the file as UTF-8") from None
-    root = parse(text, Mark(layer, source, 1, 1), problems, chosen_at)
+
+
+def _root_mapping(
+    text: str, start: Mark, problems: Problems, chosen_at: Mark | None = None
+) -> Node:
+    """The text's root, a mapping. UserError when it is none."""
+    root = _parse_once(text, start, problems, chosen_at)
     if root.value is not None and not isinstance(root.value, dict):
         problems.append((root.mark, f"expected a mapping (key: value), got {describe(root)}"))
     if not isinstance(root.value, dict):
         raise user_error(problems)
     return root
+
+
+def _parse_once(text: str, start: Mark, problems: Problems, chosen_at: Mark | None = None) -> Node:
+    """As `parse`, which takes most of the time of loading: a sweep loads one text thousands of
+    times. The nodes are shared, and nothing writes into a node."""
+    node, said = _parsed(text, start, chosen_at)
+    problems += said
+    return node
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str, start: Mark, chosen_at: Mark | None) -> tuple[Node, Problems]:
+    problems: Problems = []
+    return parse(text, start, problems, chosen_at), problems
+
+
+def _with_choices_as_text(tree: Node, problems: Problems) -> Node:
+    """The sweep with every unquoted element of an axis' `choice` quoted."""
+    space = entry(tree, "space")
+    if space is None or not isinstance(space.value, list):
+        return tree
+    axes = []
+    for i, axis in enumerate(space.value):
+        choice = entry(axis, "choice")
+        if choice is not None and isinstance(choice.value, list):
+            items = []
+            for j, item in enumerate(choice.value):
+                if isinstance(item.value, dict | list):
+                    message = f"expected text, got {describe(item)}; quote it, such as"
+                    message = f"space[{i}].choice[{j}]: {message} '{{kind: ema, mu: 0.95}}'"
+                    problems.append((item.mark, message))
+                    item = dataclasses.replace(item, value=None)
+                items.append(dataclasses.replace(item, plain=item.value == ""))
+            assert isinstance(axis.value, dict)
+            quoted = dataclasses.replace(choice, value=items)
+            axis = dataclasses.replace(axis, value=axis.value | {"choice": quoted})
+        axes.append(axis)
+    assert isinstance(tree.value, dict)
+    return dataclasses.replace(
+        tree, value=tree.value | {"space": dataclasses.replace(space, value=axes)}
+    )
 
 
 def _read_overrides(overrides: Sequence[str], problems: Problems) -> Node:
@@ -163,7 +252,7 @@ def _read_overrides(overrides: Sequence[str], problems: Problems) -> Node:
             continue
         text = text.strip()
         is_yaml = text.startswith(("[", "{", "'", '"'))
-        node = parse(text, mark, problems) if is_yaml else Node(text, mark, mark)
+        node = _parse_once(text, mark, problems) if is_yaml else Node(text, mark, mark)
         for part in reversed(parts):
             node = Node({part: node}, mark, mark)
         changes = merge(changes, node)
@@ -206,14 +295,14 @@ def _preset(section: str, holder: Node, method: Node | None, problems: Problems)
         return None  # unreadable, already said
     name = None if method is None else method.value
     if method is not None and isinstance(name, str) and name in names("methods"):
-        preset = _read_file("methods", name, PRESET, problems, method.mark)
+        preset = _read_preset(name, problems, method.mark)
         stages = _stages_for(preset)
         if section in stages:
             return preset
         message = f"{section}.method: {name} is no method of this stage, but of "
         problems.append((method.mark, message + " or ".join(stages)))
         return None
-    presets = {known: _read_file("methods", known, PRESET, []) for known in names("methods")}
+    presets = {known: _read_preset(known, []) for known in names("methods")}
     own = [known for known, preset in presets.items() if section in _stages_for(preset)]
     listed = f"one of {', '.join(own)}"
     if method is None:
@@ -222,6 +311,11 @@ def _preset(section: str, holder: Node, method: Node | None, problems: Problems)
         message = f"{section}.method: unknown method {describe(method)}"
         problems.append((method.mark, f"{message}{did_you_mean(name, own)} ({listed})"))
     return None
+
+
+def _read_preset(name: str, problems: Problems, chosen_at: Mark | None = None) -> Node:
+    source, text = _read_text("methods", name)
+    return _root_mapping(text, Mark(PRESET, source, 1, 1), problems, chosen_at)
 
 
 def _stages_for(preset: Node) -> list[str]:

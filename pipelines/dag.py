@@ -47,8 +47,9 @@ class Step:
     inputs: Mapping[str, "Step"] = field(default_factory=dict)  # argument name -> step
     version: str = "1"  # raise it when a code change must not reuse old results
     cpus: float = 1  # held by the step's own process
-    # Launches these beside itself: all of the training workers, or at least one evaluator.
-    gang: Literal["workers", "evaluators"] | None = None
+    # Launches these beside itself: all of the training workers, the trials of a sweep, or at least
+    # one evaluator.
+    gang: Literal["workers", "trials", "evaluators"] | None = None
     # Prefix of a config path -> prefix of the recipe key a person wrote, for reasons.
     written: tuple[str, str] = ("", "")
     # For effects outside the workspace: what of a committed value is no longer there, or None.

@@ -16,25 +16,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from infra import storage
-from infra.errors import UserError, WorkerLost
+from infra.errors import TrainingFailed, UserError, WorkerLost
 from infra.resources import Resources
 from pipelines import drift
 from pipelines.artifacts import Committed, content_of, to_json
 from pipelines.dag import (
     FORMAT,
+    Identity,
     Planned,
     Settings,
     Step,
     StepContext,
     StepHistory,
     committed_of,
-    fingerprint,
     home_of,
     plan,
     read_record,
     set_aside,
 )
-from pipelines.fingerprint import canonical
+from pipelines.fingerprint import canonical, fingerprint_of
 from pipelines.recipe import Cluster
 
 
@@ -198,15 +198,17 @@ def _fits(
     step: Step, running: Mapping[Any, tuple[Step, int]], executor: Executor, cluster: Cluster
 ) -> bool:
     """Gang admission: a stage starts when what it and its workers need is free."""
-    total = _demand(step, cluster)
+    capacity = executor.capacity()
+    total = _demand(step, cluster, capacity)
     for other, _ in running.values():
-        total += _demand(other, cluster)
-    return not running or total.within(executor.capacity())
+        total += _demand(other, cluster, capacity)
+    return not running or total.within(capacity)
 
 
 def _gang(step: Step, cluster: Cluster) -> Resources:
-    """What the step's actors hold: training starts with all of them, evaluation with one."""
-    if step.gang == "workers":
+    """What the step's actors hold at least: training starts with all of them, a sweep with one
+    trial, evaluation with one."""
+    if step.gang in ("workers", "trials"):
         workers = cluster.workers
         return Resources(workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
     if step.gang == "evaluators":
@@ -214,8 +216,13 @@ def _gang(step: Step, cluster: Cluster) -> Resources:
     return Resources(0)
 
 
-def _demand(step: Step, cluster: Cluster) -> Resources:
-    return Resources(step.cpus) + _gang(step, cluster)
+def _demand(step: Step, cluster: Cluster, capacity: Resources) -> Resources:
+    """What a step will take: a sweep fills the room for its trials, were it all there is."""
+    gang = _gang(step, cluster)
+    if step.gang == "trials":
+        every = Resources(gang.cpus * cluster.trials, gang.gpus * cluster.trials)
+        gang = Resources(min(every.cpus, capacity.cpus), min(every.gpus, capacity.gpus))
+    return Resources(step.cpus) + gang
 
 
 def _refuse_what_never_fits(steps: Sequence[Step], executor: Executor, cluster: Cluster) -> None:
@@ -224,7 +231,8 @@ def _refuse_what_never_fits(steps: Sequence[Step], executor: Executor, cluster: 
         return
     capacity = executor.capacity()
     for gang, count in (("workers", cluster.workers), ("evaluators", 1)):
-        step = next((step for step in steps if step.gang == gang), None)
+        asking = ("workers", "trials") if gang == "workers" else (gang,)
+        step = next((step for step in steps if step.gang in asking), None)
         if step is None:
             continue
         need, one = _gang(step, cluster), gang.removesuffix("s")
@@ -261,12 +269,25 @@ def run_attempt(
     inputs: Mapping[str, Committed[Any]],
     history: tuple[StepHistory, ...],
 ) -> dict[str, Any]:
-    """One attempt, in the process the executor chose: run, publish, commit; returns the record.
+    """One attempt at a step of the graph, in the process the executor chose; returns the record."""
+    return produce(step.identity(), step.run, step.returns, settings, inputs, history)
 
-    Raises UserError as it is, and AttemptFailed (with the traceback in a file) for all else.
+
+def produce(
+    identity: Identity,
+    run: Callable[..., Any],
+    returns: type,
+    settings: Settings,
+    inputs: Mapping[str, Committed[Any]],
+    history: tuple[StepHistory, ...] = (),
+) -> dict[str, Any]:
+    """Run, publish, commit; returns the record.
+
+    Raises UserError and TrainingFailed as they are, and AttemptFailed (with the traceback in a
+    file) for all else.
     """
-    name = fingerprint(step)
-    home = home_of(settings.workspace, step)
+    name = fingerprint_of(identity)[:16]
+    home = storage.join(settings.workspace, "steps", identity.step, name)
     attempt = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
     published = storage.join(home, "attempts", attempt)
     local = storage.is_local(published)
@@ -276,7 +297,7 @@ def run_attempt(
     try:
         out.mkdir(parents=True, exist_ok=True)
         context = StepContext(
-            step=step.name,
+            step=identity.step,
             fingerprint=name,
             out=out,
             work=storage.join(home, "work"),
@@ -286,15 +307,15 @@ def run_attempt(
             cluster=settings.cluster,
             history=history,
         )
-        value = step.run(context, step.config, **inputs)
-        assert isinstance(value, step.returns), f"{step.name} returned {type(value).__name__}"
+        value = run(context, identity.config, **inputs)
+        assert isinstance(value, returns), f"{identity.step} returned {type(value).__name__}"
         files = storage.describe_dir(str(out)) if local else storage.upload_dir(str(out), published)
         ended = time.time()
         record = {
             "format": FORMAT,
-            "step": step.name,
+            "step": identity.step,
             "fingerprint": name,
-            "identity": canonical(step.identity()),
+            "identity": canonical(identity),
             "attempt": attempt,
             "inputs": {alias: content_of(given.value) for alias, given in inputs.items()},
             "value": to_json(value),
@@ -302,14 +323,14 @@ def run_attempt(
             "started": _iso(started),
             "ended": _iso(ended),
             "seconds": round(ended - started, 3),
-            "code": drift.closure(step.run.__module__),
+            "code": drift.closure(run.__module__),
             "provenance": {"host": platform.node(), "python": platform.python_version()},
         }
         data = json.dumps(record, indent=1, sort_keys=True).encode()
         storage.put_if_absent(storage.join(home, "COMMIT.json"), data)
         storage.remove_tree(storage.join(home, "work"))  # checkpoints have served
         return read_record(home)  # another attempt may have been first; its result is the result
-    except UserError:
+    except (UserError, TrainingFailed):
         raise
     except Exception as error:
         if isinstance(error, OSError):  # a full disk, a missing permission

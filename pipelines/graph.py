@@ -5,17 +5,17 @@ shard -+-> reference --------------------------+
        |            +- - - - - - -> (weights)  |
        +-> isolate (from scratch: beside all) -+
 
-On request: `truncate` follows isolate or distill as one more candidate, and a `select_ema` stands
-between each candidate and evaluate.
+On request: `truncate` follows isolate or distill as one more candidate, a `select_ema` stands
+between each candidate and evaluate, and a `tune` before the stage whose settings it searches.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from consistency.evaluation.protocol import DOMAIN, DOMAIN_FEATURES
 from consistency.evaluation.specs import SPECS
-from consistency.method_config import ConsistencyConfig, StageTraining
-from infra import storage, tracking
-from infra.errors import UserError
+from infra import tracking
 from pipelines import weights
 from pipelines.artifacts import (
     Evaluation,
@@ -24,8 +24,9 @@ from pipelines.artifacts import (
     Report,
     ShardSet,
     TrainedModel,
+    Tuned,
 )
-from pipelines.config import resolved_yaml
+from pipelines.config import RecipeSource, resolved_yaml
 from pipelines.dag import Step, home_of
 from pipelines.recipe import Cluster, Recipe
 from pipelines.steps import (
@@ -39,20 +40,26 @@ from pipelines.steps import (
     shard,
     teacher,
     truncate,
+    tune,
 )
-from pipelines.training import StageConfig
+from pipelines.sweep import SweepConfig
+from pipelines.sweeping import TuneStage
+from pipelines.training import StageConfig, digest
 from pipelines.watch import WatchJob
 from pipelines.yardstick import check_rank
 
 
-def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
+def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) -> list[Step]:
     """The steps of a recipe, each after its inputs; the last one is the target.
 
-    Of the cluster only the registry matters: a model registered in one is not in another. Raises
-    UserError when the source images are not there.
+    Of the cluster only the registry matters: a model registered in one is not in another. `source`
+    is the text that the recipe was read from, for sweeps to vary (default: the recipe, resolved).
+    Raises UserError when the source images are not there.
     """
-    source = shard.ShardConfig.of(recipe.data)
-    shards = Step(name="shard", run=shard.run, config=source, returns=ShardSet)
+    if source is None:
+        source = RecipeSource(recipe.name, resolved_yaml(replace(recipe, tune=())))
+    images = shard.ShardConfig.of(recipe.data)
+    shards = Step(name="shard", run=shard.run, config=images, returns=ShardSet)
     yardstick = Step(
         name="reference",
         written=("reference.", "reference."),
@@ -75,30 +82,44 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         name="teacher",
         written=("training.", "teacher."),
         run=teacher.run,
-        config=_stage(recipe, "teacher", recipe.teacher, watch),
+        config=StageConfig.of(recipe, "teacher", watch),
         returns=TrainedModel,
         inputs={"shard": shards},
         cpus=0,
         gang="workers",
     )
+    seen = {"shard": shards, "reference": yardstick, "teacher": diffusion}
+    tunings: dict[str, Step] = {}
+    if (sweep := _sweep_of(recipe, "distill")) is not None:
+        tunings["distill"] = _tuning(recipe, sweep, source, seen)
     distilled = Step(
         name="distill",
         written=("training.", "distill."),
         run=distill.run,
-        config=_stage(recipe, "distill", recipe.distill, watch),
+        config=StageConfig.of(recipe, "distill", watch),
         returns=TrainedModel,
-        inputs={"shard": shards, "teacher": diffusion},
+        inputs={"shard": shards, "teacher": diffusion, **_tuned(tunings, "distill")},
         cpus=0,
         gang="workers",
     )
-    from_teacher = {"teacher": diffusion} if recipe.isolate.uses_teacher else {}
+    sources = {
+        "scratch": {},
+        "teacher": {"teacher": diffusion},
+        "distilled": {"distilled": distilled},
+    }
+    begins_with = sources[recipe.isolate.init]
+    if (sweep := _sweep_of(recipe, "isolate")) is not None:
+        if _may_begin_with_distilled(recipe, sweep):
+            seen["distilled"] = distilled
+        tunings["isolate"] = _tuning(recipe, sweep, source, seen)
+        begins_with = {name: seen[name] for name in ("teacher", "distilled") if name in seen}
     isolated = Step(
         name="isolate",
         written=("training.", "isolate."),
         run=isolate.run,
-        config=_stage(recipe, "isolate", recipe.isolate, watch),
+        config=StageConfig.of(recipe, "isolate", watch),
         returns=TrainedModel,
-        inputs={"shard": shards, **from_teacher},
+        inputs={"shard": shards, **begins_with, **_tuned(tunings, "isolate")},
         cpus=0,
         gang="workers",
     )
@@ -108,7 +129,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
             name="truncate",
             written=("training.", "truncate."),
             run=truncate.run,
-            config=_stage(recipe, "truncate", recipe.truncate, watch),
+            config=StageConfig.of(recipe, "truncate", watch),
             returns=TrainedModel,
             inputs={"shard": shards, "first": trained[recipe.truncate.of]},
             cpus=0,
@@ -161,7 +182,7 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
         config=report.ReportConfig(
             recipe_name=recipe.name,
             recipe_yaml=resolved_yaml(recipe),
-            isolate_uses_teacher=recipe.isolate.uses_teacher,
+            isolate_from=recipe.isolate.init,
             truncates=recipe.truncate.of if recipe.truncate else None,
         ),
         returns=Report,
@@ -173,12 +194,14 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
             "register": registered,
             **trained,
             **selected,
+            **{step.name: step for step in tunings.values()},
         },
     )
     return [
         shards,
         yardstick,
         diffusion,
+        *tunings.values(),
         *trained.values(),
         *selected.values(),
         evaluated,
@@ -187,18 +210,39 @@ def build(recipe: Recipe, cluster: Cluster) -> list[Step]:
     ]
 
 
-def _stage(
-    recipe: Recipe, name: str, training: StageTraining, watch: WatchJob | None
-) -> StageConfig:
-    lpips = training.lpips if isinstance(training, ConsistencyConfig) else None
-    return StageConfig(
-        network=recipe.network,
-        noise=recipe.noise,
-        training=training,
-        seed=recipe.seed,
-        lpips_sha256=None if lpips is None else _digest(f"{name}.lpips", lpips),
-        watch=watch,
+def _sweep_of(recipe: Recipe, stage: str) -> SweepConfig | None:
+    return next((sweep for sweep in recipe.tune if sweep.stage == stage), None)
+
+
+def _tuning(
+    recipe: Recipe, sweep: SweepConfig, source: RecipeSource, inputs: Mapping[str, Step]
+) -> Step:
+    return Step(
+        name=tune.step_name(sweep.stage),
+        run=tune.run,
+        config=TuneStage(
+            sweep=sweep,
+            stage=StageConfig.of(recipe, sweep.stage),
+            mid_sigma=recipe.evaluate.mid_sigma,
+            source=source,
+        ),
+        returns=Tuned,
+        inputs=dict(inputs),
+        cpus=0,
+        gang="trials",
     )
+
+
+def _tuned(tunings: Mapping[str, Step], stage: str) -> dict[str, Step]:
+    """The input of a stage whose settings are searched."""
+    return {"tune": tunings[stage]} if stage in tunings else {}
+
+
+def _may_begin_with_distilled(recipe: Recipe, sweep: SweepConfig) -> bool:
+    """Whether a trial may need the distilled model's weights."""
+    key = "isolate.init"
+    texts = [*sweep.fixed, *(f"{a.key}={value}" for a in sweep.space for value in a.choice)]
+    return recipe.isolate.init == "distilled" or f"{key}=distilled" in texts
 
 
 def _reference(recipe: Recipe) -> reference.ReferenceStage:
@@ -217,7 +261,7 @@ def _reference(recipe: Recipe) -> reference.ReferenceStage:
         weights_path=None if found.path is None else str(found.path),
         statistics_sha256=None
         if statistics is None
-        else _digest("reference.statistics", statistics),
+        else digest("reference.statistics", statistics),
     )
 
 
@@ -231,10 +275,3 @@ def _check_ranks(recipe: Recipe, dim: int) -> None:
         check_rank(select.samples, dim, select.allow_rank_deficient, "select_ema.samples")
     if recipe.watch is not None:
         check_rank(recipe.watch.samples, dim, recipe.watch.allow_rank_deficient, "watch.samples")
-
-
-def _digest(key: str, url: str) -> str:
-    """What stands for a file in an identity."""
-    if not storage.exists(url):
-        raise UserError(f"{key}: {url} does not exist; check the spelling or mount it")
-    return storage.sha256(storage.absolute(url))

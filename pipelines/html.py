@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from importlib import resources
 
-from pipelines import html_metrics, html_training, svg
+from pipelines import html_metrics, html_sweep, html_training, svg
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -18,6 +18,7 @@ from pipelines.artifacts import (
 )
 from pipelines.html_training import Selection, Training, css_class
 from pipelines.svg import Stage, duration
+from pipelines.sweep_summary import SweepSummary
 
 # The browser itself then refuses whatever the page might try to fetch.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -35,6 +36,7 @@ class Page:
     shard: ShardSet
     reference: ReferenceStats
     trainings: tuple[Training, ...]
+    sweeps: tuple[SweepSummary, ...] = ()
     selections: tuple[Selection, ...] = ()
     evaluation: Evaluation
     registered: RegisteredModel
@@ -64,6 +66,7 @@ def render(page: Page) -> str:
             _workflow(page),
             _sheet(page),
             html_metrics.section(page.evaluation, page.reference, page.registered.candidate),
+            *(html_sweep.section(summary) for summary in page.sweeps),
             html_training.curves(page.trainings),
             html_training.selections(page.selections, page.evaluation.text),
             _lineage(page),

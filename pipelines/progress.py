@@ -14,6 +14,7 @@ from typing import Any
 from infra import storage
 from pipelines.dag import Planned
 from pipelines.execution import Event
+from pipelines.sweep_table import SweepView
 
 LINE_EVERY_SECONDS = 30.0
 _MARKS = {
@@ -41,7 +42,10 @@ class Row:
 class Progress:
     """Follows the events of one run. Use as a context manager."""
 
-    def __init__(self, lines: Sequence[Planned], workspace: str) -> None:
+    def __init__(
+        self, lines: Sequence[Planned], workspace: str, sweep: SweepView | None = None
+    ) -> None:
+        self.sweep = sweep
         self.rows = {
             line.step.name: Row(
                 line.step.name,
@@ -74,6 +78,9 @@ class Progress:
             row.detail, row.seconds = event.detail, event.seconds
             if event.kind in ("started", "retry"):
                 row.started = time.monotonic()
+        if self.live is None and self.sweep is not None:
+            for line in self.sweep.news():
+                print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
         if self.live is not None:
             self.live.update(self.table())
         elif event is not None:
@@ -92,6 +99,7 @@ class Progress:
         print(f"{text}  {detail}".rstrip(), flush=True)
 
     def table(self) -> Any:
+        from rich.console import Group
         from rich.table import Table
 
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -108,13 +116,17 @@ class Progress:
                 (progress_line(row.work) if running else "") or row.detail,
                 style=style.get(row.state, ""),
             )
-        return table
+        if self.sweep is None:
+            return table
+        return Group(table, "", self.sweep.table())
 
 
 def progress_line(work: str) -> str:
-    """`43 %  812 img/s  loss 0.113  ETA 0:31`, or "" for a stage that counts no images."""
+    """`43 %  812 img/s  loss 0.113  ETA 0:31`, what a sweep says, or "" where nothing is said."""
     try:
         now = json.loads(storage.read_bytes(storage.join(work, "progress.json")))
+        if "said" in now:  # of a step that does not count images
+            return str(now["said"])
         total, images, rate = now["total"], now["images"], now["images_per_second"]
         left = _clock(max(0.0, total - images) / rate) if rate > 0 else "?"
         loss = f"loss {now['loss']:.4g}  " if "loss" in now else ""  # of training stages

@@ -22,6 +22,7 @@ from consistency.method_config import (
     SCMConfig,
     TruncateConfig,
 )
+from pipelines.sweep import SweepConfig
 
 SetMetric = Literal["kid", "inception_score", "precision_recall", "fd_infinity"]
 SourceKind = Literal["digits", "idx", "folder", "npz", "cifar10", "sheets"]
@@ -210,6 +211,7 @@ class Recipe:
     reference: ReferenceConfig = ReferenceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     watch: WatchConfig | None = None  # None: stages train without looking
+    tune: tuple[SweepConfig, ...] = ()  # searches between teacher and the stage each is for
     register: RegisterConfig
 
     def __post_init__(self) -> None:
@@ -217,6 +219,10 @@ class Recipe:
         require(
             self.distill.path != "noise",
             "distill.path: distillation asks the teacher (heun or euler; of scm: teacher)",
+        )
+        require(
+            self.distill.init != "distilled",
+            "distill.init: distillation makes the distilled model (teacher, or scratch)",
         )
         require(
             self.isolate.path == "noise",
@@ -245,6 +251,8 @@ class Recipe:
             "evaluate.also: kid and precision_recall need features of real images, which the file "
             "of reference.statistics has not; leave one of the two out",
         )
+        stages = [sweep.stage for sweep in self.tune]
+        require(len(set(stages)) == len(stages), "tune: two sweeps are for one stage; keep one")
         self._require_one_boundary()
         self._require_classes()
         self._require_a_choice()
@@ -302,7 +310,8 @@ class Cluster:
     """Where and how it runs. No field here may change what comes out."""
 
     address: str = "local"  # "local", "auto" or host:port of a running Ray
-    workers: int = 1  # Ray Train workers per training stage
+    workers: int = 1  # Ray Train workers per training stage, and per trial of a sweep
+    trials: int = 2  # of a sweep, side by side; fewer where there is no room
     cpus_per_worker: int = 1
     gpus_per_worker: float = 0.0
     workspace: str = "cmforge-workspace"  # folder or fsspec URL
@@ -320,6 +329,7 @@ class Cluster:
         require(self.workers >= 1, f"workers: {self.workers} must be >= 1")
         require(self.cpus_per_worker >= 1, f"cpus_per_worker: {self.cpus_per_worker} must be >= 1")
         require(self.gpus_per_worker >= 0, f"gpus_per_worker: {self.gpus_per_worker} must be >= 0")
+        require(self.trials >= 1, f"trials: {self.trials} must be >= 1")
         require(self.evaluators >= 1, f"evaluators: {self.evaluators} must be >= 1")
         require(
             self.cpus_per_evaluator >= 1,

@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: restore or start, iterate the loop, checkpoint, publish."""
+"""What each training worker runs: restore or start, iterate the loop, checkpoint, publish."""
 
 import contextlib
 import hashlib
@@ -6,36 +6,57 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from consistency.config import PowerEMA
 from consistency.method_config import ConsistencyConfig, StageTraining
 from infra import storage, tracking
 from infra.errors import UserError
+from pipelines import probes
 from pipelines.training import StageJob
 from pipelines.watch import LOG, Diverged, Watch, write_best
 
 if TYPE_CHECKING:
-    from infra.cluster import TrainWorker
+    import torch
 
 LOG_EVERY_SECONDS = 2.0
 CHECK_EVERY = 50  # steps; a look at the loss waits for the GPU
 
 
+class Worker(Protocol):
+    """Who trains: its place among the workers, and where its checkpoints go."""
+
+    rank: int
+    world_size: int
+    device: "torch.device"
+
+    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Path | None]: ...
+
+    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
+        """Keep a checkpoint; a trial's report goes with it. All ranks call it, rank 0 alone with a
+        folder."""
+        ...
+
+
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each rank.
+    """What Ray Train runs on each rank."""
+    from infra.cluster import TrainWorker
+
+    return run(payload["job"], TrainWorker())
+
+
+def run(job: StageJob, me: Worker) -> dict[str, Any]:
+    """Train to the end; returns the fields of TrainedModel on rank 0.
 
     A failure that would only repeat itself (bad data, a loss that is not finite) is returned, not
     raised: Train would try again.
     """
     from consistency.loop import NonFiniteLoss
-    from infra.cluster import TrainWorker
 
-    me = TrainWorker()
     try:
-        return _train(payload["job"], me)
+        return _train(job, me)
     except NonFiniteLoss as error:  # raised on every rank
         return {"failed": str(error), "user": False}
     except Diverged as error:  # so is this, and its text says what to mend
@@ -46,7 +67,7 @@ def worker(payload: dict[str, Any]) -> dict[str, Any]:
         return {"failed": str(error), "user": True}
 
 
-def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
+def _train(job: StageJob, me: Worker) -> dict[str, Any]:
     """Restore or start, iterate the loop, checkpoint at a cadence, publish at the end."""
     import torch
 
@@ -69,7 +90,10 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
     marks = snapshot_steps(job.config)
 
     with tracking.MetricWriter(
-        job.tracking_uri, job.open_run, after=state.images, enabled=me.rank == 0
+        job.tracking_uri,
+        job.open_run,
+        after=state.images,
+        enabled=me.rank == 0 and job.objective is None,
     ) as metrics:
         before = curve[-1]["seconds"] if curve else 0.0
         clock = _Clock(job.checkpoint_every_seconds, state.images, before)
@@ -107,8 +131,11 @@ def _train(job: StageJob, me: "TrainWorker") -> dict[str, Any]:
                     metrics.log(log.images, {key: line["value"]})
                 if lines:
                     running.watch.raise_if_diverged()
+                if lines and job.objective is not None and not last:
+                    running.tell(me)
+                    clock.checkpointed()
             if log.checked and not last and clock.checkpoint_due(me.rank, me.world_size, me.device):
-                running.publish_checkpoint(me.publish, me.rank)
+                running.publish_checkpoint(me)
                 clock.checkpointed()
         if me.rank == 0:
             return running.finish(clock.train_seconds)
@@ -125,7 +152,7 @@ def snapshot_steps(config: StageTraining) -> frozenset[int]:
 class _Running:
     """A stage on one rank, and where its files go."""
 
-    def __init__(self, job: StageJob, me: "TrainWorker") -> None:
+    def __init__(self, job: StageJob, me: Worker) -> None:
         from consistency.data import ImageStream
         from consistency.published import ModelDescription
         from consistency.stage import begin
@@ -190,10 +217,10 @@ class _Running:
         if self.watch is not None and (folder / LOG).exists():
             self.watch.restore((folder / LOG).read_text())
 
-    def publish_checkpoint(self, publish: Callable[[Path | None, int], None], rank: int) -> None:
-        images = self.stage.state.images
-        if rank != 0:
-            publish(None, images)
+    def publish_checkpoint(self, me: Worker, report: Mapping[str, Any] | None = None) -> None:
+        report = {"images": self.stage.state.images, **(report or {})}
+        if me.rank != 0:
+            me.publish(None, report)
             return
         folder = Path(tempfile.mkdtemp(prefix="cmforge-"))
         try:
@@ -201,9 +228,19 @@ class _Running:
             (folder / "curve.jsonl").write_text(self._curve_text())
             if self.watch is not None:
                 (folder / LOG).write_text(self.watch.text())
-            publish(folder, images)
+            me.publish(folder, report)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def tell(self, me: Worker) -> None:
+        """A trial's probes so far: written down, then told with a checkpoint of this moment."""
+        job, watch = self.job, self.watch
+        assert watch is not None
+        assert watch.job.marks is not None
+        assert job.objective is not None
+        if me.rank == 0:
+            storage.write_bytes(storage.join(job.work, LOG), watch.text().encode())
+        self.publish_checkpoint(me, probes.report(watch.history, watch.job.marks, job.objective))
 
     def look(self, clock: "_Clock") -> list[dict[str, Any]]:
         """Probe when it is due, affordable to rank 0 and ready on all; keep the best weights."""
@@ -216,9 +253,11 @@ class _Running:
         if not unanimous(watch.ready() and within, watch.world_size, watch.device):
             return []
         before = watch.best()
-        lines = watch.probe(state, state.images)
+        lines = watch.probe(state, state.images, clock.train_seconds)
         best = watch.best()
-        if watch.rank == 0 and best is not None and best != before:
+        # Of a trial only the end counts: it gets the same files as a stage that nobody watched.
+        kept = watch.rank == 0 and self.job.objective is None
+        if kept and best is not None and best != before:
             data = self._weights(best["ema"])
             folder = storage.join(self.job.work, "final", "best")
             write_best(folder, data, self.about.to_json(), best)
@@ -243,7 +282,7 @@ class _Running:
         watch: dict[str, Any] = {"watched": False, "best": None}
         if self.watch is not None and self.watch.history:
             storage.write_bytes(storage.join(final, LOG), self.watch.text().encode())
-            best = self.watch.best()
+            best = self.watch.best() if self.job.objective is None else None
             said = best and f"{best['ema']} at {best['images']:,} images"
             watch = {"watched": True, "best": said}
         return {

@@ -1,17 +1,21 @@
-"""One training stage, the driver's side; `train_worker` is what each Ray Train worker runs.
+"""One training stage, the driver's side; `train_worker` is what each worker runs.
 
-Teacher, distillation and isolation differ in their objective only; they all pass through here.
+Teacher, distillation and isolation differ in their objective only; they all pass through here, and
+so does every trial of a sweep.
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from consistency.config import NetworkConfig, NoiseConfig, check_network
-from consistency.method_config import StageTraining
+from consistency.method_config import ConsistencyConfig, StageTraining
 from infra import storage, tracking
-from infra.errors import UserError
+from infra.errors import TrainingFailed, UserError
 from pipelines.artifacts import Committed, ShardSet, TrainedModel, from_json
 from pipelines.dag import StepContext
+from pipelines.recipe import Recipe
 from pipelines.watch import WatchJob
 
 BEST_FILES = ("weights.safetensors", "config.json", "watch.json")
@@ -27,6 +31,27 @@ class StageConfig:
     seed: int
     lpips_sha256: str | None = None  # of the weights of distance lpips
     watch: WatchJob | None = field(default=None, metadata={"identity": False})
+
+    @classmethod
+    def of(cls, recipe: Recipe, stage: str, watch: WatchJob | None = None) -> "StageConfig":
+        """That of a recipe's stage. Raises UserError for a file that is not there."""
+        training: StageTraining = getattr(recipe, stage)
+        lpips = training.lpips if isinstance(training, ConsistencyConfig) else None
+        return cls(
+            network=recipe.network,
+            noise=recipe.noise,
+            training=training,
+            seed=recipe.seed,
+            lpips_sha256=None if lpips is None else digest(f"{stage}.lpips", lpips),
+            watch=watch,
+        )
+
+
+def digest(key: str, url: str) -> str:
+    """What stands for a file in an identity."""
+    if not storage.exists(url):
+        raise UserError(f"{key}: {url} does not exist; check the spelling or mount it")
+    return storage.sha256(storage.absolute(url))
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,9 @@ class StageJob:
     fingerprint: str
     artifact_root: str
     watch: WatchJob | None
+    # Of a trial: the sampling steps of its objective; it reports every probe, and the sweep keeps
+    # its MLflow run.
+    objective: int | None
 
     def open_run(self) -> str:
         """The MLflow run of this stage, found or created."""
@@ -65,20 +93,25 @@ class StageJob:
         )
 
 
+Launch = Callable[[StepContext, StageJob], dict[str, Any]]
+
+
 def run_stage(
     ctx: StepContext,
     config: StageConfig,
     shard: Committed[ShardSet],
     teacher: Committed[TrainedModel] | None = None,
+    *,
+    launch: Launch | None = None,
+    objective: int | None = None,
 ) -> TrainedModel:
-    """Train on Ray Train workers, resuming what an earlier attempt left in `ctx.work`.
+    """Train, resuming what an earlier attempt left in `ctx.work`.
 
     `teacher` is what the stage starts from or asks: of the truncated stage, its first one. Writes
-    the files that `TrainedModel` names to `ctx.out`.
+    the files that `TrainedModel` names to `ctx.out`. `launch` is how the workers come about
+    (default: `on_workers`). Raises UserError, and TrainingFailed for a loss that is not finite.
     """
     from consistency.stage import describe
-    from infra import cluster
-    from pipelines.train_worker import worker
 
     try:
         check_network(config.network, shard.value.size)
@@ -117,8 +150,24 @@ def run_stage(
         fingerprint=ctx.fingerprint,
         artifact_root=tracking.artifact_root(ctx.workspace),
         watch=config.watch,
+        objective=objective,
     )
-    result = cluster.train_workers(
+    result = (launch or on_workers)(ctx, job)
+    if "failed" in result:
+        raise (UserError if result["user"] else TrainingFailed)(result["failed"])
+    model: TrainedModel = from_json(TrainedModel, result)
+    for name in files_of(model):
+        (ctx.out / name).parent.mkdir(exist_ok=True)
+        (ctx.out / name).write_bytes(storage.read_bytes(storage.join(ctx.work, "final", name)))
+    return model
+
+
+def on_workers(ctx: StepContext, job: StageJob) -> dict[str, Any]:
+    """Ray Train workers, as many as the cluster has them."""
+    from infra import cluster
+    from pipelines.train_worker import worker
+
+    result: dict[str, Any] = cluster.train_workers(
         worker,
         {"job": job},
         name="train",
@@ -128,17 +177,12 @@ def run_stage(
         gpus_per_worker=ctx.cluster.gpus_per_worker,
         checkpoints_kept=ctx.cluster.checkpoints_kept,
         max_failures=ctx.cluster.max_failures,
+        reports_to_tune=job.objective is not None,
     )
-    if "failed" in result:
-        raise (UserError if result["user"] else RuntimeError)(result["failed"])
-    model: TrainedModel = from_json(TrainedModel, result)
-    for name in _files(model):
-        (ctx.out / name).parent.mkdir(exist_ok=True)
-        (ctx.out / name).write_bytes(storage.read_bytes(storage.join(ctx.work, "final", name)))
-    return model
+    return result
 
 
-def _files(model: TrainedModel) -> list[str]:
+def files_of(model: TrainedModel) -> list[str]:
     """Every file of a trained model, relative to its folder."""
     return [
         "weights.safetensors",

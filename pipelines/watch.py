@@ -38,6 +38,8 @@ class WatchJob:
     reference: str  # home of the reference step, which may still be running
     mid_sigma: float
     teacher_steps: int
+    # Of a trial: the images at which it is looked at, and nowhere else; the share does not count.
+    marks: tuple[int, ...] | None = None
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Watch:
         """Whether training crossed the cadence since the last time it was asked."""
         every, before = self.job.config.every_images, self.seen
         self.seen = images
+        if self.job.marks is not None:
+            return any(before < mark <= images for mark in self.job.marks)
         return images // every > before // every
 
     def ready(self) -> bool:
@@ -73,6 +77,8 @@ class Watch:
     def affordable(self, elapsed: float, trained: int) -> bool:
         """Whether one more probe keeps within the share of `elapsed` seconds of training, in which
         `trained` images were seen."""
+        if self.job.marks is not None:
+            return True
         # Before the first one: a sample costs a forward pass per evaluation, a third of a step.
         guess = self.evaluations() * elapsed / (3 * max(trained, 1))
         cost = self.last_cost if self.spent else guess
@@ -86,8 +92,9 @@ class Watch:
     def steps(self) -> tuple[int, ...]:
         return (self.job.teacher_steps,) if self.about.kind == "denoiser" else (1, 2)
 
-    def probe(self, state: "TrainState", images: int) -> list[dict[str, Any]]:
-        """Score every sampling EMA; returns the new lines, the same on every rank."""
+    def probe(self, state: "TrainState", images: int, seconds: float = 0.0) -> list[dict[str, Any]]:
+        """Score every sampling EMA, after `seconds` of training; returns the new lines, the same on
+        every rank (but for the seconds)."""
         started = time.monotonic()
         if self._tools is None:
             assert self._yardstick is not None, "ready() said so"
@@ -100,6 +107,7 @@ class Watch:
                 "name": protocol.name,
                 "value": self._measure(state.averages[name], protocol),
                 "digest": protocol.digest,
+                "seconds": round(seconds, 3),
             }
             for name in self.emas
             for steps, protocol in self._tools.protocols.items()

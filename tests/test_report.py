@@ -461,11 +461,11 @@ def context(tmp_path: Path, *more: str) -> LocalContext:
     )
 
 
-def config(isolate_uses_teacher: bool, truncates: str | None = None) -> report.ReportConfig:
+def config(isolate_from: str, truncates: str | None = None) -> report.ReportConfig:
     return report.ReportConfig(
         recipe_name="quickstart",
         recipe_yaml="name: quickstart\n",
-        isolate_uses_teacher=isolate_uses_teacher,
+        isolate_from=isolate_from,
         truncates=truncates,
     )
 

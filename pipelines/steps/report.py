@@ -16,12 +16,15 @@ from pipelines.artifacts import (
     Report,
     ShardSet,
     TrainedModel,
+    Tuned,
+    from_json,
 )
 from pipelines.dag import StepContext
 from pipelines.html_training import Candidate, Selection, Training
 from pipelines.png import UInt8Array, encode_png
-from pipelines.steps import select_ema
+from pipelines.steps import select_ema, tune
 from pipelines.svg import Stage
+from pipelines.sweep_summary import SweepSummary
 
 FILE = "report.html"
 
@@ -33,7 +36,7 @@ class ReportConfig:
     recipe_name: str
     # Resolved, defaults filled in. The inputs' fingerprints hold all that matters of it.
     recipe_yaml: str = field(metadata={"identity": False})
-    isolate_uses_teacher: bool  # starts from the teacher's weights
+    isolate_from: str  # whose weights it starts from: "scratch" | "teacher" | "distilled"
     truncates: str | None  # the first stage of `truncate`
 
 
@@ -48,15 +51,18 @@ def run(
     evaluate: Committed[Evaluation],
     register: Committed[RegisteredModel],
     truncate: Committed[TrainedModel] | None = None,
-    **selected: Committed[TrainedModel],
+    **optional: Committed[Any],
 ) -> Report:
     """Write `report.html` from the values, each `curve.jsonl`, and the samples of evaluate.
 
-    `selected` are the steps `select_ema-...`, by name.
+    `optional` are the steps `select_ema-...` and `tune-...`, by name.
     """
+    sweeps = {name: c for name, c in optional.items() if isinstance(c.value, Tuned)}
+    selected = {name: c for name, c in optional.items() if name not in sweeps}
     trained = [teacher, distill, isolate, *([truncate] if truncate else [])]
     inputs: tuple[Committed[Any], ...]
-    inputs = (shard, reference, *trained, *selected.values(), evaluate, register)
+    inputs = (shard, reference, teacher, *sweeps.values(), *trained[1:])
+    inputs = (*inputs, *selected.values(), evaluate, register)
     page = html.Page(
         recipe_name=config.recipe_name,
         recipe_yaml=config.recipe_yaml,
@@ -74,6 +80,7 @@ def run(
             )
             for c in trained
         ),
+        sweeps=tuple(_summary(ctx, c) for c in sweeps.values()),
         selections=tuple(_selection(ctx, c, trained) for c in selected.values()),
         evaluation=evaluate.value,
         registered=register.value,
@@ -90,6 +97,13 @@ def _lines(
 ) -> Sequence[Mapping[str, Any]]:
     lines = ctx.fetch(trained, name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line]
+
+
+def _summary(ctx: StepContext, sweep: Committed[Tuned]) -> SweepSummary:
+    found: SweepSummary = from_json(
+        SweepSummary, json.loads(ctx.fetch(sweep, tune.SUMMARY).read_text())
+    )
+    return found
 
 
 def _samples(ctx: StepContext, evaluate: Committed[Evaluation]) -> dict[str, list[bytes]]:
@@ -122,7 +136,7 @@ def _stages(
 ) -> tuple[Stage, ...]:
     """The boxes, and of the edges those that do not follow from others."""
     states = {past.step: past.state for past in ctx.history}
-    lent = ("teacher",) if config.isolate_uses_teacher else ()
+    lent = {"scratch": (), "teacher": ("teacher",), "distilled": ("distill",)}[config.isolate_from]
     edges: dict[str, tuple[str, ...]] = {
         "shard": (),
         "reference": ("shard",),
@@ -144,6 +158,12 @@ def _stages(
     for candidate in candidates if selected else ():
         edges[selecting[candidate]] = ("reference", candidate)
         lanes[selecting[candidate]] = lanes.get(candidate, 0)
+    for stage in ("distill", "isolate"):
+        name = tune.step_name(stage)
+        if name in names:
+            edges[name] = ("reference", *edges[stage])
+            edges[stage] = (name,)
+            lanes[name] = lanes.get(stage, 0)
     last = [c for c in candidates if c != config.truncates]
     edges["evaluate"] = tuple(selected) or ("reference", *last)
     done = [

@@ -1,0 +1,62 @@
+"""From a sweep's trials to its summary."""
+
+import math
+from collections.abc import Sequence
+
+from pipelines.sweep import Axis, SweepConfig
+from pipelines.sweep_summary import AxisSummary, Trial
+
+FEWEST = 6  # trials below which a share of the effect would be noise
+
+
+def axes_of(sweep: SweepConfig, trials: Sequence[Trial]) -> tuple[AxisSummary, ...]:
+    """The axes in their order; two of one key (under other conditions) are one."""
+    shares = importance(sweep, trials)
+    merged: dict[str, AxisSummary] = {}
+    for axis in sweep.space:
+        before = merged.get(axis.key)
+        choices = (*before.choices, *axis.choice) if before else axis.choice
+        ends = axis.range or (None, None)
+        merged[axis.key] = AxisSummary(
+            key=axis.key,
+            choices=tuple(dict.fromkeys(choices)),
+            low=ends[0],
+            high=ends[1],
+            log=axis.log,
+            importance=shares.get(axis.key),
+        )
+    return tuple(merged.values())
+
+
+def importance(sweep: SweepConfig, trials: Sequence[Trial]) -> dict[str, float]:
+    """Share of each axis in what a random forest needs to tell good trials from bad ones.
+
+    All trials are compared at their first probe, the one schedule fraction that every one reached;
+    on a log scale, as distances spread over decades. An axis that is not active counts as a value
+    of its own. Empty with too few trials.
+    """
+    told = [(trial, trial.probes[0].lowest(sweep.steps)) for trial in trials if trial.probes]
+    rows = [(trial, low.value) for trial, low in told if low is not None and trial.settings]
+    keys = list(dict.fromkeys(axis.key for axis in sweep.space))
+    if len(rows) < FEWEST:
+        return {}
+    import numpy as np
+    from sklearn.ensemble import RandomForestRegressor
+
+    table = np.array([[_coded(sweep.space, trial, key) for key in keys] for trial, _ in rows])
+    target = np.log([max(value, 1e-12) for _, value in rows])
+    forest = RandomForestRegressor(n_estimators=200, random_state=0, min_samples_leaf=2)
+    forest.fit(table, target)
+    shares = forest.feature_importances_
+    if not math.isfinite(shares.sum()) or shares.sum() == 0:  # no axis tells them apart
+        return {}
+    return dict(zip(keys, (float(share) for share in shares), strict=True))
+
+
+def _coded(space: Sequence[Axis], trial: Trial, key: str) -> float:
+    """An axis' value as a number: the place of a choice, a range's own; -1 where it is inactive."""
+    value = trial.setting(key)
+    if value is None:
+        return -1.0
+    choices = [choice for axis in space if axis.key == key for choice in axis.choice]
+    return float(choices.index(value)) if value in choices else float(value)
