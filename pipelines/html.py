@@ -6,7 +6,6 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 
 from pipelines import html_metrics, html_sweep, html_training, svg
 from pipelines.artifacts import (
@@ -16,12 +15,10 @@ from pipelines.artifacts import (
     Score,
     ShardSet,
 )
+from pipelines.html_page import document
 from pipelines.html_training import Selection, Training, css_class
 from pipelines.svg import Stage, duration
 from pipelines.sweep_summary import SweepSummary
-
-# The browser itself then refuses whatever the page might try to fetch.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +54,7 @@ def model_uri(registered: RegisteredModel) -> str:
 
 def render(page: Page) -> str:
     """The whole document. Deterministic: the same page gives the same text."""
-    style = resources.files("pipelines").joinpath("report.css").read_text(encoding="utf-8")
-    title = escape(f"{page.registered.name} {page.registered.version} · cmforge")
+    title = f"{page.registered.name} {page.registered.version} · cmforge"
     body = "\n".join(
         [
             _headline(page),
@@ -73,14 +69,7 @@ def render(page: Page) -> str:
             _recipe(page),
         ]
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-    )
+    return document(title, body)
 
 
 # --- sections ------------------------------------------------------------------------------------

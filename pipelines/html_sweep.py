@@ -102,7 +102,7 @@ def _comparison(summary: SweepSummary) -> str:
 def _found(summary: SweepSummary) -> str:
     if svg_sweep.winner(summary) is None:
         return ""
-    settings = '<p class="note">Nothing: it is the recipe as it stands.</p>'
+    settings = '<p class="note">Nothing: the recipe as it stands.</p>'
     if summary.settings:
         listed = "".join(f"<li><code>{escape(setting)}</code></li>" for setting in summary.settings)
         settings = f'<ul class="settings">{listed}</ul>'
@@ -153,7 +153,8 @@ def _legend(summary: SweepSummary) -> str:
     best, own = svg_sweep.winner(summary), svg_sweep.own(summary)
     looks = [] if best is None else [(best, f"winner, trial {best.number}")]
     if own is not None and own is not best:
-        looks.append((own, f"the recipe's own setting, trial {own.number}"))
+        only = "" if own.settings else ", its distance alone"
+        looks.append((own, f"the recipe's own setting, trial {own.number}{only}"))
     for state in (COMPLETED, STOPPED, FAILED, RUNNING):
         others = (t for t in summary.trials if t.state == state and t not in (best, own))
         looks += [(trial, state) for trial in list(others)[:1]]
@@ -204,7 +205,7 @@ def _schedule_notes(summary: SweepSummary) -> str:
     ranks = ", ".join(f"#{number} is ranked {rank[number]}" for number in order)
     said = f"Schedules of the best and the worst of {_count(len(rank), 'trial')}: {ranks}. "
     without = {
-        "N: their pairs come from a ratio r/t, not from a grid": [
+        "N: their pairs come from a ratio r/t, or time is continuous": [
             s.trial for s in summary.schedules if s.N is None
         ],
         "μ: their target is the network itself": [
@@ -256,11 +257,13 @@ def _row(summary: SweepSummary, trial: Trial) -> str:
         escape(trial.origin),
     ]
     reason = f"<small>{escape(trial.reason)}</small>" if trial.reason else ""
-    settings = escape(svg_sweep.compact(summary, trial))
+    settings = f"<code>{escape(svg_sweep.compact(summary, trial))}</code>"
+    if not trial.settings:
+        settings = "the recipe as it stands"
     return (
         f'<tr class="{escape(trial.state)}"><th scope="row">{trial.number}{badge}</th>'
         f"{''.join(f'<td>{cell}</td>' for cell in cells)}"
-        f'<td class="settings"><code>{settings}</code>{reason}</td></tr>'
+        f'<td class="settings">{settings}{reason}</td></tr>'
     )
 
 

@@ -1,4 +1,4 @@
-"""What a sweep has tried, kept where a crash cannot reach it: one small file per trial, and its state.
+"""What a sweep has tried, where a crash cannot reach it: a small file per trial, and its state.
 
 A trial is written down before it starts, put if absent: so it is neither lost nor doubled, whoever
 is killed when. Its state is rewritten as it goes; what a kill takes of that, the trial says again.

@@ -7,6 +7,7 @@ is `file:line:col: path: message, did you mean 'x'?`.
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Iterable
@@ -172,7 +173,7 @@ def _read_dataclass(
     if not isinstance(node.value, dict):
         _fail(problems, node.mark, path, f"expected a mapping, got {describe(node)}")
     cls = _class_by_kind(members, node, path, default, problems)
-    hints, fields = get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    hints, fields = _hints(cls), {field.name: field for field in dataclasses.fields(cls)}
     unreadable: set[str] = set()
     valid = True
     for key, item in node.value.items():
@@ -199,6 +200,11 @@ def _read_dataclass(
     if unreadable or not valid:
         raise _Invalid
     return value
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _class_by_kind(

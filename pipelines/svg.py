@@ -189,10 +189,10 @@ def line_chart(
     ys = [y for _, y in points]
     log = needs_log(ys) and not from_zero
     floor = min(0.0, *ys) if from_zero else min(ys)
-    ticks = _decades(floor, max(ys)) if log else _round_ticks(floor, max(ys))
+    ticks = decades(floor, max(ys)) if log else round_ticks(floor, max(ys))
     scale: Callable[[float], float] = math.log10 if log else float
     low, high = scale(ticks[0]), scale(ticks[-1])
-    x_ticks = _round_ticks(0.0, max(x for x, _ in points), count=width // 70)
+    x_ticks = round_ticks(0.0, max(x for x, _ in points), count=width // 70)
     x_max = max(x for x, _ in points) or 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -264,7 +264,7 @@ def _running_mean(points: Points, window: int) -> Points:
     return mean
 
 
-def _round_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that enclose [low, high]."""
     largest = max(abs(low), abs(high))
     if high - low <= 1e-9 * largest:  # a flat line, in the middle
@@ -278,7 +278,7 @@ def _round_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
+def decades(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = -(-(last - first) // 5)
     return [10.0**i for i in range(first, last + every, every)]

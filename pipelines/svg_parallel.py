@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from pipelines.svg import _decades, _round_ticks, figure
+from pipelines.svg import decades, figure, round_ticks
 from pipelines.svg_sweep import (
     LINE,
     WIDTH,
@@ -17,7 +17,7 @@ from pipelines.svg_sweep import (
     short_keys,
     tick_label,
 )
-from pipelines.sweep_summary import AxisSummary, SweepSummary
+from pipelines.sweep_summary import AxisSummary, SweepSummary, Trial
 
 # Axes go from y = CEILING down to y = FLOOR; below is the place of what has no value.
 COLUMN, MARGIN = 104, 58
@@ -28,7 +28,8 @@ def parallel(summary: SweepSummary) -> str:
     """An axis per searched key and the distance as the last, a line per trial.
 
     Choices stand in their order from the bottom up; what a trial has beyond an axis's choices or
-    numbers (the recipe's own value) gets a place at the top. Low distances are at the top.
+    numbers gets a place at the top. Low distances are at the top. Of a recipe's own setting that
+    names no values only the distance is marked.
     """
     keys = short_keys([axis.key for axis in summary.axes])
     axes, labels, places = [], [], []
@@ -38,7 +39,7 @@ def parallel(summary: SweepSummary) -> str:
         axes.append(
             _axis(x, keys[axis.key], rest.removeprefix(summary.stage).lstrip("."), axis.key)
         )
-        seen = {trial.setting(axis.key) for trial in summary.trials}
+        seen = {trial.setting(axis.key) for trial in summary.trials if not _unnamed(trial)}
         found, ticks = _places(axis, {value for value in seen if value is not None})
         labels.append(_labels(x, ticks, "—" if None in seen else ""))
         places.append(found)
@@ -61,8 +62,8 @@ def parallel(summary: SweepSummary) -> str:
             end = scale(distances[trial.number])
             good = f" q{min(4, int(5 * (end - CEILING) / (FLOOR - CEILING)))}"
         points = [(MARGIN + i * COLUMN, y) for i, y in enumerate((*heights, end))]
-        inner = polyline(points) + mark(trial.state, x, end)
-        lines.append(group(summary, trial, inner, good))
+        line = "" if _unnamed(trial) else polyline(points)
+        lines.append(group(summary, trial, line + mark(trial.state, x, end), good))
     width = x + MARGIN + 6  # the longest label fits
     listed = ", ".join(axis.key for axis in summary.axes)
     told = f"Parallel coordinates of {len(summary.trials)} trials over {listed} and {about}"
@@ -71,6 +72,11 @@ def parallel(summary: SweepSummary) -> str:
         f'style="min-width:{0.75 * width:.0f}px;max-width:{1.3 * width:.0f}px" role="img" '
         f'aria-label="{escape(told)}">{"".join((*axes, *lines, *labels))}</svg>'
     )
+
+
+def _unnamed(trial: Trial) -> bool:
+    """The recipe as it stands: its values are the recipe's, which a sweep does not list."""
+    return trial.origin == "recipe" and not trial.settings
 
 
 def _axis(x: float, name: str, before: str, whole: str) -> str:
@@ -99,9 +105,9 @@ def _distances(values: Sequence[float]) -> tuple[Scale | None, list[tuple[float,
         return None, []
     low, high = min(values), max(values)
     log = low > 1e-30 and high / low > 5
-    ends = (low, high) if low < high else tuple(_round_ticks(low, high))
+    ends = (low, high) if low < high else tuple(round_ticks(low, high))
     scale = Scale(ticks=ends, log=log, start=CEILING, end=FLOOR)
-    inner = _decades(low, high) if log else _round_ticks(low, high)
+    inner = decades(low, high) if log else round_ticks(low, high)
     if log:
         inner = sorted(m * tick for tick in inner for m in (1, 2, 5))
     within = [tick for tick in inner if low < tick < high]
@@ -130,7 +136,7 @@ def _places(axis: AxisSummary, seen: set[str]) -> tuple[dict[str, float], list[t
     ends = [axis.low, axis.high, *numbers.values()]
     low, high = min(ends), max(ends)
     log = axis.log and low < high
-    inner = (_decades if log else _round_ticks)(low, high)
+    inner = (decades if log else round_ticks)(low, high)
     ticks = (low, high) if low < high else tuple(inner)
     scale = Scale(ticks=ticks, log=log, start=FLOOR, end=CEILING + 18 * len(others))
     placed = {value: scale(number) for value, number in numbers.items()}

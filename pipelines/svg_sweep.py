@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from pipelines.svg import Points, _decades, _round_ticks, needs_log, short
+from pipelines.svg import Points, decades, needs_log, round_ticks, short
 from pipelines.sweep_summary import (
     COMPLETED,
     FAILED,
@@ -82,7 +82,7 @@ class Scale:
 def enclosing(values: Sequence[float], start: float, end: float) -> Scale:
     """Round ticks around all values; logarithmic when they span more than two decades."""
     log = needs_log(values)
-    ticks = (_decades if log else _round_ticks)(min(values), max(values))
+    ticks = (decades if log else round_ticks)(min(values), max(values))
     return Scale(ticks=tuple(ticks), log=log, start=start, end=end)
 
 
@@ -289,7 +289,7 @@ def cost(summary: SweepSummary) -> str:
     bottom = BOTTOM - 14  # room for a label under the lowest mark
     ys = enclosing(list(distances.values()), bottom, TOP + 10)
     most = max(trial.images for trial in summary.trials)
-    ticks = _round_ticks(0.0, float(most)) if most > 0 else [0.0, 1.0]
+    ticks = round_ticks(0.0, float(most)) if most > 0 else [0.0, 1.0]
     xs = Scale(ticks=tuple(ticks), log=False, start=LEFT, end=WIDTH - 16)
     parts = _frame(xs, ys)
     edge = [(xs(x), ys(y)) for x, y in front(summary)]

@@ -1,7 +1,7 @@
 """From a sweep's trials to its summary."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pipelines.sweep import Axis, SweepConfig
 from pipelines.sweep_summary import AxisSummary, Trial
@@ -19,13 +19,22 @@ def axes_of(sweep: SweepConfig, trials: Sequence[Trial]) -> tuple[AxisSummary, .
         ends = axis.range or (None, None)
         merged[axis.key] = AxisSummary(
             key=axis.key,
-            choices=tuple(dict.fromkeys(choices)),
+            choices=_in_order(dict.fromkeys(choices)),
             low=ends[0],
             high=ends[1],
             log=axis.log,
             importance=shares.get(axis.key),
         )
     return tuple(merged.values())
+
+
+def _in_order(choices: Iterable[str]) -> tuple[str, ...]:
+    """Numbers by size, words as they are listed."""
+    listed = tuple(choices)
+    try:
+        return tuple(sorted(listed, key=float))
+    except ValueError:
+        return listed
 
 
 def importance(sweep: SweepConfig, trials: Sequence[Trial]) -> dict[str, float]:

@@ -20,8 +20,9 @@ from pipelines.dag import Settings, StepContext
 from pipelines.fingerprint import fingerprint_of
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
+from pipelines.space import Space
 from pipelines.steps.trial import TrialConfig
-from pipelines.sweep import SweepConfig
+from pipelines.sweep import Axis, SweepConfig
 from pipelines.sweep_summary import COMPLETED, FAILED, RUNNING, STOPPED, Trial
 from pipelines.sweep_tracking import SweepRuns
 from pipelines.training import StageConfig
@@ -147,7 +148,7 @@ class Sweep:
             return None
         seen = {trial.fingerprint for trial in self.trials.values()}
         for attempt in range(REDRAWS):
-            origin, settings = "recipe", tuple[str, ...]()
+            origin, settings = "recipe", self._own() if number == 0 else ()
             if number > 0:
                 drawn = list(self.trials.values())
                 settings = search.propose(self.sweep, drawn, number, attempt)
@@ -171,6 +172,15 @@ class Sweep:
                 return number
         self.exhausted = True
         return None
+
+    def _own(self) -> tuple[str, ...]:
+        """The recipe's own values of the axes, where the space has them; else none."""
+        try:
+            settings = Space(self.sweep.space).settings(_Own(self.recipe((), whole=False)))
+        except LookupError:
+            return ()
+        same = self.job_of(settings).fingerprint == self.job_of(()).fingerprint
+        return settings if same else ()
 
     def _job(self, trial: Trial) -> TrialJob:
         job = self.job_of(trial.settings)
@@ -252,6 +262,47 @@ class Sweep:
             text += f", best so far {best:.4g}"
         data = json.dumps({"said": text}).encode()
         storage.write_bytes(storage.join(self.ctx.work, "progress.json"), data)
+
+
+class _Own:
+    """Draws what a recipe has. LookupError where that is no value of the space."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    def choose(self, name: str, choices: tuple[str, ...]) -> str:
+        value = self._value(name)
+        text = str(value)
+        if value is None or isinstance(value, bool):
+            text = "null" if value is None else text.lower()
+        for choice in choices:
+            if choice == text or (_number(choice) == value and value is not None):
+                return choice
+        raise LookupError(name)
+
+    def number(self, name: str, axis: Axis) -> float | int:
+        value = self._value(name)
+        assert axis.range is not None
+        low, high = axis.range
+        if not isinstance(value, int | float) or not low <= value <= high:
+            raise LookupError(name)
+        return value
+
+    def _value(self, name: str) -> Any:
+        value: Any = self._recipe
+        for part in name.partition("#")[0].split("."):
+            try:
+                value = getattr(value, part)
+            except AttributeError as error:
+                raise LookupError(name) from error
+        return value
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _in_trial(payload: dict[str, Any]) -> None:

@@ -24,10 +24,12 @@ STEPS = {"isolate": "tune-isolate", "distill": "tune-distill"}
 def refuse_what_cannot_be(sweep: SweepConfig, source: RecipeSource) -> Checked:
     """UserError, before anything starts, for a sweep that is none."""
     if sweep.scheduler == "pbt":
-        reasons = explain_pbt(Space(sweep.space))
+        reasons = explain_pbt(Space(sweep.space)) or (
+            "its winner has had several settings in turn, and a recipe holds one of each key",
+        )
         raise UserError(
-            f"sweep {sweep.name}: scheduler pbt copies weights from one setting to another while "
-            f"they train, which this space does not allow; take asha, median or none\n"
+            f"sweep {sweep.name}: scheduler pbt moves weights from one setting to another while "
+            f"they train, which cannot be here; take asha, median or none\n"
             + "\n".join(f"  {reason}" for reason in reasons)
         )
     return check(sweep, source)

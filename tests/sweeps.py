@@ -150,6 +150,11 @@ EDGES = {
         (axis("isolate.kind", *(f"value number {i}" for i in range(40))),),
         *(trial(i, (1.0 + i,), f"isolate.kind=value number {i}") for i in range(40)),
     ),
+    "long names": summary(
+        (axis(f"isolate.{'part' * 9}.{'x' * 30}", "y" * 40, "z" * 40),) * 3,
+        trial(1, (1.0,), f"isolate.{'part' * 9}.{'x' * 30}={'y' * 40}"),
+        winner=1,
+    ),
     "no room between": summary(
         (axis("isolate.lr", low=1.0, high=1.0, log=True),), trial(0, (1.0,), "isolate.lr=1")
     ),

@@ -21,7 +21,7 @@ from consistency.config import NetworkConfig, NoiseConfig
 from consistency.evaluation.protocol import FeatureProtocol, Protocol
 from infra.errors import UserError, WorkerLost
 from infra.resources import Resources
-from pipelines import cli, commands, config, dag, execution, graph, progress
+from pipelines import arguments, cli, commands, config, dag, execution, graph, progress
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -178,9 +178,9 @@ def addresses(monkeypatch):
     """The real graph with instant bodies; the addresses at which "Ray" was started."""
     build, started = graph.build, []
 
-    def fake(recipe: Any, cluster: Any) -> list[Step]:
+    def fake(recipe: Any, cluster: Any, source: Any = None) -> list[Step]:
         made: dict[str, Step] = {}
-        for step in build(recipe, cluster):
+        for step in build(recipe, cluster, source):
             made[step.name] = Step(
                 name=step.name,
                 run=body,
@@ -517,7 +517,7 @@ def test_a_relative_data_path_is_the_shells_for_all_later_commands(
 def test_paths_of_the_reference_are_the_shells_too(tmp_path):
     def reference(*overrides: str) -> Any:
         recipe = config.load_recipe("quickstart", overrides)
-        return commands._at_absolute_paths(recipe).reference
+        return arguments._at_absolute_paths(recipe).reference
 
     assert reference() == config.load_recipe("quickstart", ()).reference
     keys = ["reference.weights=w", "reference.statistics=s.npz"]

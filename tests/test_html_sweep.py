@@ -76,7 +76,7 @@ def test_the_winners_settings_and_the_command_are_whole() -> None:
     for setting in SWEEP.settings:
         assert f"<li><code>{setting}</code></li>" in document
     assert f"<pre><code>{SWEEP.command}</code></pre>" in document
-    assert "the recipe as it stands" in html_sweep.section(changed(settings=()))
+    assert "Nothing: the recipe as it stands" in html_sweep.section(changed(settings=()))
 
 
 def test_every_trial_is_a_row_in_ranked_order() -> None:
@@ -88,12 +88,21 @@ def test_every_trial_is_a_row_in_ranked_order() -> None:
         ["2", STOPPED, "0.5", "2,000", "12.00 %", "11.00 %", "power-0.1", "tpe"],
         ["3", FAILED, "0.25", "1,000", "not finite", "not finite", "–", "tpe"],
     ]
+    table = document[document.index("<h3>Every trial</h3>") : document.index("<h3>Finalists</h3>")]
+    assert re.findall(r"<b>(.*?)</b>", table) == ["3.25 %", "4.00 %", "11.00 %", "not finite"]
     assert [row[-1] for row in found] == [
         "init=teacher, lr=10",
         "init=scratch, lr=1",
         "init=teacher, lr=20",
         "lr=99the loss was not finite",
     ]
+
+
+def test_the_recipe_that_names_no_values_is_not_shown_as_inactive_axes() -> None:
+    plain = dataclasses.replace(SWEEP.trials[0], settings=())
+    document = html_sweep.section(changed(trials=(plain, *SWEEP.trials[1:])))
+    assert rows(document, "Every trial")[1][-1] == "the recipe as it stands"
+    assert "own setting, trial 0, its distance alone" in document
 
 
 def test_finalists_show_every_block_and_their_protocol() -> None:
@@ -117,7 +126,7 @@ def test_what_is_not_drawn_is_listed() -> None:
     assert "Not finite, so not drawn: trial 3 at k/K = 0.25." in text
     assert "Too few trials to say how much each axis matters." in text
     assert "#1 is ranked 1, #0 is ranked 2." in text
-    assert "Without N: their pairs come from a ratio r/t, not from a grid: trial 1." in text
+    assert "Without N: their pairs come from a ratio r/t, or time is continuous: trial 1." in text
     assert "Without μ: their target is the network itself: trial 0." in text
     unread = (*SWEEP.trials, trial(4, (), state=RUNNING))
     text = said(html_sweep.section(changed(trials=unread)))

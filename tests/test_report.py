@@ -472,7 +472,7 @@ def config(isolate_from: str, truncates: str | None = None) -> report.ReportConf
 
 def test_the_step_writes_one_page_whose_images_are_the_samples(tmp_path: Path) -> None:
     ctx = context(tmp_path)
-    result = report.run(ctx, config(False), **finished(tmp_path))
+    result = report.run(ctx, config("scratch"), **finished(tmp_path))
     assert [path.name for path in ctx.out.iterdir()] == [result.file] == ["report.html"]
     document = (ctx.out / result.file).read_bytes()
     assert result.bytes == len(document) < 2_000_000
@@ -495,7 +495,7 @@ def test_isolate_from_the_teachers_weights_hangs_on_the_teacher_by_a_dashed_edge
     tmp_path: Path,
 ) -> None:
     ctx = context(tmp_path)
-    report.run(ctx, config(True), **finished(tmp_path))
+    report.run(ctx, config("teacher"), **finished(tmp_path))
     document = (ctx.out / "report.html").read_text()
     assert document.count('class="edge dashed"') == 2  # wide and tall
 
@@ -523,7 +523,7 @@ SPINE = {
 
 def test_truncate_is_drawn_behind_its_first_stage_with_a_curve_of_its_own(tmp_path: Path) -> None:
     ctx = context(tmp_path, "truncate")
-    assert edges(tmp_path, ctx, config(False, "isolate"), "truncate") == {
+    assert edges(tmp_path, ctx, config("scratch", "isolate"), "truncate") == {
         *SPINE,
         *("isolate > truncate", "truncate > evaluate"),
         *("reference > evaluate", "distill > evaluate"),
@@ -536,7 +536,7 @@ def test_truncate_is_drawn_behind_its_first_stage_with_a_curve_of_its_own(tmp_pa
 def test_selections_are_drawn_between_the_candidates_and_evaluate(tmp_path: Path) -> None:
     more = ("truncate", "select_ema-distill", "select_ema-isolate", "select_ema-truncate")
     ctx = context(tmp_path, *more)
-    drawn = edges(tmp_path, ctx, config(False, "distill"), *more)
+    drawn = edges(tmp_path, ctx, config("scratch", "distill"), *more)
     assert drawn == {
         *SPINE,
         "distill > truncate",

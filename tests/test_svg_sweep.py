@@ -57,9 +57,18 @@ def test_choices_are_even_ranges_linear_or_logarithmic_and_low_distances_on_top(
 
 
 def test_distances_far_apart_stand_on_a_logarithmic_axis() -> None:
-    trials = tuple(trial(i, (value,)) for i, value in enumerate((1.0, 10.0, 100.0)))
+    trials = tuple(trial(i, (value,)) for i, value in enumerate((1.0, 10.0, 100.0), start=1))
     drawn = lines(svg_parallel.parallel(summary((), *trials)))
-    assert [drawn[i][0][-1][1] for i in range(3)] == pytest.approx([CEILING, MIDDLE, FLOOR])
+    assert [drawn[i][0][-1][1] for i in (1, 2, 3)] == pytest.approx([CEILING, MIDDLE, FLOOR])
+
+
+def test_the_recipe_that_names_no_values_is_a_mark_and_not_a_line_of_inactive_axes() -> None:
+    plain = dataclasses.replace(THREE, trials=(trial(0, (3.0,)), *THREE.trials[1:]))
+    drawing = svg_parallel.parallel(plain)
+    assert lines(drawing)[0] == []
+    assert lines(drawing)[1] == lines(svg_parallel.parallel(THREE))[1]
+    assert f'cx="{XS[3]:.1f}" cy="{FLOOR:.1f}"' in drawing
+    assert "—" not in drawing
 
 
 def test_the_order_of_trials_does_not_change_the_drawing() -> None:
@@ -369,4 +378,6 @@ def test_every_trial_has_a_line_over_all_axes() -> None:
         sweep = EDGES[name]
         drawn = lines(svg_parallel.parallel(sweep))
         assert set(drawn) == {t.number for t in sweep.trials}
-        assert all([len(run) for run in runs] == [len(sweep.axes) + 1] for runs in drawn.values())
+        for number, runs in drawn.items():
+            named = number > 0 or sweep.trial(number).settings
+            assert [len(run) for run in runs] == ([len(sweep.axes) + 1] if named else [])

@@ -26,7 +26,7 @@ from pipelines.artifacts import (
 from pipelines.config import resolved_yaml
 from pipelines.dag import StepContext, read_record
 from pipelines.scoring import Job, Subject, measure_in_step
-from pipelines.sweep_summary import COMPLETED, Finalist, SweepSummary, Trial
+from pipelines.sweep_summary import COMPLETED, RUNNING, STOPPED, Finalist, SweepSummary, Trial
 from pipelines.sweeping import Sweep, TuneStage
 from pipelines.trial import home_of
 from pipelines.yardstick import Yardstick
@@ -67,7 +67,9 @@ def summarise(search: Sweep) -> SweepSummary:
     """The best measured again, the winner named. UserError when there is none."""
     from pipelines.curricula import schedule_of
 
-    sweep, trials = search.sweep, tuple(search.all())
+    sweep = search.sweep
+    # Those that still ran when the time was over; more of it lets them go on.
+    trials = tuple(replace(t, state=STOPPED) if t.state == RUNNING else t for t in search.all())
     yardstick = Yardstick.of(search.inputs["shard"], search.inputs["reference"])
     draft = SweepSummary(
         name=sweep.name,
