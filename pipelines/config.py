@@ -14,6 +14,7 @@ All mistakes of a file and its overrides are reported at once, one line each, as
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -79,6 +80,12 @@ class RecipeSource:
     name: str  # where the text is from, as mistakes call it
     text: str
     overrides: tuple[str, ...] = ()
+    asked: str = ""  # what a person types for it, if not `name`
+
+    def typed(self, extra: Sequence[str] = ()) -> str:
+        """The command that runs it with `extra` overrides, for a shell."""
+        words = [self.asked or self.name, *self.overrides, *extra]
+        return "cmforge run " + " ".join(shlex.quote(word) for word in words)
 
     def recipe(self, extra: Sequence[str] = ()) -> Recipe:
         """The recipe with the overrides and then `extra`: the last one wins, and one that changes a
@@ -94,7 +101,8 @@ class RecipeSource:
 def read_source(name_or_path: str, overrides: Sequence[str] = ()) -> RecipeSource:
     """A packaged recipe's name or a path to a .yaml file, not yet looked into. UserError when there
     is no such text."""
-    return RecipeSource(*_read_text("recipes", name_or_path), tuple(overrides))
+    name, text = _read_text("recipes", name_or_path)
+    return RecipeSource(name, text, tuple(overrides), asked=name_or_path)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:

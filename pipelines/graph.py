@@ -184,6 +184,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             recipe_yaml=resolved_yaml(recipe),
             isolate_from=recipe.isolate.init,
             truncates=recipe.truncate.of if recipe.truncate else None,
+            after_distill=tuple(s.name for s in tunings.values() if "distilled" in s.inputs),
         ),
         returns=Report,
         inputs={

@@ -4,7 +4,9 @@ A trial's parameters are written once; its curves are over the schedule fraction
 integer step in thousandths. The runs are found by tags, so a killed sweep goes on in them.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pipelines.sweep_summary import COMPLETED, FAILED, RUNNING, STOPPED, SweepSu
 
 # A stopped trial is no failure, and it is not finished.
 STATUS = {COMPLETED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED", RUNNING: "KILLED"}
+DEADLINE = 10.0  # seconds that the end of a run may wait for the server
 PARENT_TAG = "mlflow.parentRunId"
 
 
@@ -24,14 +27,19 @@ class SweepRuns:
     def __init__(self, ctx: StepContext, sweep: SweepConfig, key: str) -> None:
         self._ctx, self._sweep, self._key = ctx, sweep, key
         self._parent: str | None = None
+        self._opening = threading.Lock()
         self._writers: dict[int, tracking.MetricWriter] = {}
         self._shown: dict[int, int] = {}
+        self._ending = ThreadPoolExecutor(2, thread_name_prefix="runs")
 
     def show(self, trial: Trial) -> None:
-        """Log what is new of a trial; waits for nothing."""
+        """Log what is new of a trial, and end its run when it is over; waits for nothing.
+
+        What its run already holds is not logged again.
+        """
         if trial.number not in self._writers:
             self._writers[trial.number] = tracking.MetricWriter(
-                self._ctx.tracking_uri, partial(self._open, trial)
+                self._ctx.tracking_uri, partial(self._open, trial), deadline=DEADLINE
             )
         writer = self._writers[trial.number]
         for probe in trial.probes[self._shown.get(trial.number, 0) :]:
@@ -40,12 +48,14 @@ class SweepRuns:
             metrics |= {"images": float(probe.images), "train_seconds": probe.seconds}
             writer.log(round(1000 * probe.fraction), metrics)
         self._shown[trial.number] = len(trial.probes)
+        if trial.state != RUNNING:
+            self._ending.submit(writer.close, STATUS[trial.state])
 
-    def close(self, states: Mapping[int, str]) -> None:
-        """End the runs of all trials as they ended."""
-        for number, writer in self._writers.items():
-            writer.close(STATUS[states.get(number, RUNNING)])
-        self._writers = {}
+    def close(self) -> None:
+        """End the runs of trials that are not over, and wait until all is written."""
+        for writer in self._writers.values():
+            self._ending.submit(writer.close, STATUS[RUNNING])  # of a closed one: nothing
+        self._ending.shutdown()
 
     def finish(self, summary: SweepSummary, files: Sequence[Path]) -> None:
         """The parent's own: what came out, with the files people look at."""
@@ -73,6 +83,10 @@ class SweepRuns:
         )
 
     def _parent_run(self) -> str:
+        with self._opening:  # trials' threads ask at once
+            return self._found_parent()
+
+    def _found_parent(self) -> str:
         if self._parent is None:
             sweep = self._sweep
             self._parent = self._run(

@@ -80,6 +80,8 @@ class Sweep:
         cluster, sweep = self.ctx.cluster, self.sweep
         assert sweep.scheduler != "pbt", "refused before anything starts"
         here = cluster.workers == 1  # more of them are Ray Train's, which asks for their resources
+        for trial in self.all():  # a kill may have come before their runs were written
+            self.runs.show(trial)
         left = None if sweep.minutes is None else 60 * sweep.minutes - self.spent
         try:
             if left is None or left > 0:
@@ -99,7 +101,7 @@ class Sweep:
                     seconds=left,
                 )
         finally:
-            self.runs.close(self._states())
+            self.runs.close()
             self._spend()
         if self.mistake is not None:
             raise UserError(self.mistake)
@@ -242,9 +244,6 @@ class Sweep:
 
     def all(self) -> list[Trial]:
         return [trial for trial in self.trials.values() if trial.number < self.sweep.trials]
-
-    def _states(self) -> dict[int, str]:
-        return {trial.number: trial.state for trial in self.all()}
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.started

@@ -185,7 +185,9 @@ def test_lines_are_put_together_by_their_images_and_in_order() -> None:
 
 @given(
     st.lists(
-        st.tuples(*[st.floats(allow_nan=False) | st.just(NAN)] * 3), min_size=1, max_size=len(PLACES)
+        st.tuples(*[st.floats(allow_nan=False) | st.just(NAN)] * 3),
+        min_size=1,
+        max_size=len(PLACES),
     ),
     st.sampled_from([1, 2]),
 )

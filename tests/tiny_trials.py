@@ -1,4 +1,4 @@
-"""A tiny workspace that trials need, and the stand-ins for what starts processes: no Ray, no MLflow.
+"""A tiny workspace for trials, and stand-ins for what starts processes: no Ray, no MLflow.
 
 The shards, the domain network and the statistics are the product's own, made once.
 """
@@ -8,6 +8,7 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ distill:
   ema: [{kind: constant, beta: 0.9}, {kind: constant, beta: 0.5}]
 isolate:
   method: ict
-  images: 96
+  images: 64
   batch: 16
   lr: 3e-3
   dropout: 0.1
@@ -52,6 +53,7 @@ evaluate:
 register: {model: tiny, allow_proxy: true}
 """
 EMAS = ("constant-0.9", "constant-0.5")
+MARKS = (16, 48, 64)  # of isolate: its 4 steps in 3 parts
 
 
 def choice(key: str, *values: str, when: tuple[str, ...] = ()) -> Axis:
@@ -133,13 +135,20 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_worker.tracking, "MetricWriter", NoWriter)
     monkeypatch.setattr(sweeping, "SweepRuns", Runs)
     monkeypatch.setattr(storage.os, "fsync", lambda handle: None)
+    monkeypatch.setenv("CMFORGE_CACHE", str(_home() / "cache"))
+
+
+@cache
+def _home() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="cmforge-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache
 def _stock() -> Path:
     """A workspace with shards, reference and teacher."""
-    folder = Path(tempfile.mkdtemp(prefix="cmforge-test-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _home() / "stock"
     with pytest.MonkeyPatch.context() as patch:
         stand_in(patch)
         bench = Bench(folder)
@@ -165,8 +174,6 @@ class Bench:
         self.sweep: SweepConfig | None = None
 
     def steps(self) -> dict[str, dag.Step]:
-        from dataclasses import replace
-
         tune = () if self.sweep is None else (self.sweep,)
         recipe = replace(self.source.recipe(), tune=tune)
         return {step.name: step for step in graph.build(recipe, self.cluster, self.source)}

@@ -38,6 +38,7 @@ class ReportConfig:
     recipe_yaml: str = field(metadata={"identity": False})
     isolate_from: str  # whose weights it starts from: "scratch" | "teacher" | "distilled"
     truncates: str | None  # the first stage of `truncate`
+    after_distill: tuple[str, ...] = ()  # sweeps that wait for the distilled model
 
 
 def run(
@@ -161,7 +162,7 @@ def _stages(
     for stage in ("distill", "isolate"):
         name = tune.step_name(stage)
         if name in names:
-            edges[name] = ("reference", *edges[stage])
+            edges[name] = ("reference", "distill" if name in config.after_distill else "teacher")
             edges[stage] = (name,)
             lanes[name] = lanes.get(stage, 0)
     last = [c for c in candidates if c != config.truncates]

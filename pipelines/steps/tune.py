@@ -6,7 +6,6 @@ the stage. The search itself is in `sweeping`; here the best are measured again 
 
 import json
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -102,15 +101,13 @@ def summarise(search: Sweep) -> SweepSummary:
     settings = _winning(search, draft.trial(winner), finalists)
     shown = {trial.number: trial for trial in (*ranked[:SHOWN], *ranked[-SHOWN:])}
     stages = {number: search.job_of(t.settings).config.stage for number, t in shown.items()}
-    source = search.config.source
-    typed = [source.name, *source.overrides, *settings]
     return replace(
         draft,
         schedules=tuple(schedule_of(n, stage.training, stage.noise) for n, stage in stages.items()),
         finalists=finalists,
         winner=winner,
         settings=settings,
-        command="cmforge run " + " ".join(shlex.quote(text) for text in typed),
+        command=search.config.source.typed(settings),
     )
 
 
