@@ -338,9 +338,9 @@ def table(found: Estimate, cluster: Cluster, mfu: float) -> list[str]:
     hours = [["", *(device.name for device in DEVICES)]]
     work = {stage.name: stage.work for stage in found.stages} | {"samples": [found.sampling]}
     for name, pieces in [*work.items(), ("total", found.work)]:
-        hours.append([name, *(_hours(device.hours(pieces, mfu)) for device in DEVICES)])
+        hours.append([name, *(in_hours(device.hours(pieces, mfu)) for device in DEVICES)])
     lines += _columns(hours)
-    if any(_hours(math.inf) in row for row in hours):
+    if any(in_hours(math.inf) in row for row in hours):
         lines.append("-: this device has no bf16; precision=fp16 has")
 
     share = f"{cluster.workers} GPU{'s' if cluster.workers > 1 else ''}"
@@ -376,7 +376,7 @@ def _fits(fit: int, stage: Stage, cluster: Cluster) -> str:
     return "all" if fit >= _share(stage, cluster) else str(fit)
 
 
-def _hours(hours: float) -> str:
+def in_hours(hours: float) -> str:
     if math.isinf(hours):
         return "-"
     if hours >= 1:

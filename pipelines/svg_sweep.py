@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from pipelines.svg import Points, decades, needs_log, round_ticks, short
+from pipelines.svg import Points, decades, round_ticks, short
 from pipelines.sweep_summary import (
     COMPLETED,
     FAILED,
@@ -80,8 +80,8 @@ class Scale:
 
 
 def enclosing(values: Sequence[float], start: float, end: float) -> Scale:
-    """Round ticks around all values; logarithmic when they span more than two decades."""
-    log = needs_log(values)
+    """Round ticks around all values; logarithmic when the best would lie flat on the axis."""
+    log = min(values) > 1e-30 and max(values) / min(values) > 20
     ticks = (decades if log else round_ticks)(min(values), max(values))
     return Scale(ticks=tuple(ticks), log=log, start=start, end=end)
 

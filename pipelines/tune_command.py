@@ -18,6 +18,7 @@ from pipelines.sweep import Axis, SweepConfig
 from pipelines.sweep_summary import RUNNING
 from pipelines.sweeping import TuneStage, ledger_of
 
+MFU = 0.4  # share of a device's peak, as `cmforge estimate` assumes it
 STEPS = {"isolate": "tune-isolate", "distill": "tune-distill"}
 
 
@@ -90,6 +91,8 @@ def show_plan(step: Step, cluster: Cluster) -> None:
             f"  ASHA in lockstep: {share:.0%}, {round(share * full):,} images; it does not wait, "
             f"so somewhat more"
         )
+    for line in _device_cost(config, full):
+        print(f"  {line}")
     rate = _measured_rate(stage, cluster)
     if rate is not None:
         seconds = full / (rate * cluster.trials)
@@ -138,6 +141,28 @@ def lockstep_share(sweep: SweepConfig) -> float:
         cost += alive * (rung - reached)
         reached, alive, rung = rung, alive / sweep.eta, rung * sweep.eta
     return (cost + alive * (sweep.probes - reached)) / sweep.probes
+
+
+def _device_cost(config: TuneStage, images: int) -> list[str]:
+    """FLOPs and GPU time of so many images of the recipe's own setting; nothing where the recipe
+    leaves open how large they are."""
+    from pipelines import estimate
+
+    try:
+        found = estimate.estimate(config.source.recipe())
+    except UserError:
+        return []
+    stage = next(stage for stage in found.stages if stage.name == config.sweep.stage)
+    share = images / stage.images
+    work = [estimate.Work(part.flops * share, part.precision) for part in stage.work]
+    hours = (
+        f"{device.name} {estimate.in_hours(device.hours(work, MFU))}" for device in estimate.DEVICES
+    )
+    flops = sum(part.flops for part in work)
+    return [
+        f"in full {flops:.3g} FLOP by the recipe's own setting: {', '.join(hours)} "
+        f"at {MFU:.0%} of the peak, probes not counted"
+    ]
 
 
 def _rule(sweep: SweepConfig) -> str:

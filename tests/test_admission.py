@@ -198,7 +198,7 @@ def test_alone_everything_starts_however_large() -> None:
 
 
 @given(
-    cpus=st.integers(1, 12),
+    cpus=st.integers(0, 12),
     gpus=st.integers(0, 4),
     trials=st.integers(1, 6),
     workers=st.integers(1, 3),
@@ -208,6 +208,7 @@ def test_alone_everything_starts_however_large() -> None:
 def test_more_room_and_fewer_others_never_keep_a_step_back(
     cpus: int, gpus: int, trials: int, workers: int, per_worker: float, steps: list[Step]
 ) -> None:
+    cpus, gpus = cpus + workers, gpus + workers  # one trial fits, or it is refused
     cluster = Cluster(trials=trials, workers=workers, gpus_per_worker=per_worker)
     one, *others = steps
     fits = _fits(one, running(*others), machine(cpus, gpus), cluster)

@@ -41,6 +41,15 @@ def test_trials_come_back_by_number_in_another_process_object(home: str) -> None
     assert Ledger(home).trials() == sorted(trials, key=lambda one: one.number)
 
 
+def test_a_number_may_have_more_than_four_digits(home: str) -> None:
+    ledger = Ledger(home)
+    ledger.begin(begun(0))
+    ledger.begin(begun(12345))
+    over = replace(trial(12345, (3.0,), "x.n=12345"), state=STOPPED)
+    ledger.update(over)
+    assert ledger.trials() == [begun(0), over]
+
+
 def test_the_first_to_write_a_number_down_has_it_and_the_second_is_told(home: str) -> None:
     mine, theirs = begun(3, "x.a=mine"), begun(3, "x.a=theirs", origin="random")
     assert Ledger(home).begin(mine) == mine

@@ -113,15 +113,15 @@ class Runs:
 
     def __init__(self, ctx: StepContext, sweep: SweepConfig, key: str) -> None:
         self.shown: list[Trial] = []
-        self.closed: list[Mapping[int, str]] = []
+        self.closed = 0
         self.finished: list[tuple[SweepSummary, list[str]]] = []
         Runs.last = self
 
     def show(self, trial: Trial) -> None:
         self.shown.append(trial)
 
-    def close(self, states: Mapping[int, str]) -> None:
-        self.closed.append(states)
+    def close(self) -> None:
+        self.closed += 1
 
     def finish(self, summary: SweepSummary, files: Sequence[Path]) -> None:
         self.finished.append((summary, [path.name for path in files]))
