@@ -140,14 +140,18 @@ def sample_heun(
     return x.float()
 
 
+class NotFinite(ValueError):
+    """A network gave NaN or infinity where pixels should be."""
+
+
 def to_uint8(x: Tensor) -> Tensor:
     """Float [B, C, H, W] in [-1, 1] -> uint8 [B, H, W, C], rounded to the nearest level (EDM).
 
     floor(127.5 x + 128), clamped; the common floor(127.5 (x + 1)) is half a level darker. Raises
-    ValueError on values that are not finite, which would become arbitrary pixels.
+    NotFinite on values that are not, which would become arbitrary pixels.
     """
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("images hold values that are not finite")
+        raise NotFinite("images hold values that are not finite")
     levels = torch.floor(127.5 * x.float() + 128).clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

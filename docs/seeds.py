@@ -3,7 +3,7 @@
     python docs/seeds.py WORKSPACE OUT.json own=quickstart tuned=PATH/OF/recipe.yaml --seeds 0 1 2
 
 WORKSPACE has finished shard, reference, teacher (and distill) steps of the recipes. Only the seed
-of the stage differs: of its first weights, its noise and its order of images. Each model is scored as
+of the stage differs: of its first weights, its noise and its order of images. Each is scored as
 `evaluate` would, its first EMA, with the evaluation's own noise. What OUT.json has is not repeated.
 """
 

@@ -44,6 +44,19 @@ class Sweep(Protocol):
         ...
 
 
+class _Held:
+    """The sweep, among objects that Tune pickles: it stays in this process, and is not kept."""
+
+    def __init__(self, sweep: Sweep | None = None) -> None:
+        self.sweep = sweep
+
+    def __reduce__(self) -> Any:
+        return _Held, ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Held":
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """When a trial is stopped: `probes` is the length of a schedule, in its equal parts.
@@ -75,6 +88,7 @@ def run_trials(
     after `seconds`.
     """
     os.environ.update(_ENVIRONMENT | ray_environment.TASKS)
+    held = _Held(sweep)
 
     def run(config: dict[str, Any]) -> None:
         trial(config["payload"])
@@ -86,8 +100,8 @@ def run_trials(
                 metric=METRIC,
                 mode="min",
                 num_samples=-1,
-                search_alg=_Search(sweep),
-                scheduler=_scheduler(rule, sweep),
+                search_alg=_Search(held),
+                scheduler=_scheduler(rule, held),
                 max_concurrent_trials=concurrent,
                 reuse_actors=True,
                 time_budget_s=seconds,
@@ -99,7 +113,7 @@ def run_trials(
                 storage_path=scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=max_failures),
-                callbacks=[_Losses(sweep)],
+                callbacks=[_Losses(held)],
             ),
         )
         tuner.fit()
@@ -117,12 +131,13 @@ def _name(trial: Trial) -> str:
 class _Search(Searcher):
     """Hands the sweep's trials to Tune."""
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, held: _Held) -> None:
         super().__init__(metric=METRIC, mode="min")
-        self._sweep = sweep
+        self._held = held
 
     def suggest(self, trial_id: str) -> Any:
-        found = self._sweep.next()
+        assert self._held.sweep is not None
+        found = self._held.sweep.next()
         if found is None:
             return Searcher.FINISHED
         number, payload = found
@@ -147,7 +162,7 @@ class _Search(Searcher):
 class _Heard:
     """Passes every result on, with the verdict; what a resumed trial only repeats has none."""
 
-    sweep: Sweep
+    held: _Held
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         decision: str = super().on_trial_result(controller, trial, result)  # type: ignore[misc]
@@ -155,7 +170,8 @@ class _Heard:
         if result.get("repeated") or last:
             decision = schedulers.TrialScheduler.CONTINUE  # the trial itself returns at its end
         stopped = decision == schedulers.TrialScheduler.STOP
-        self.sweep.heard(trial.config["number"], result, stopped)
+        assert self.held.sweep is not None
+        self.held.sweep.heard(trial.config["number"], result, stopped)
         return decision
 
 
@@ -171,7 +187,7 @@ class _ToTheEnd(_Heard, schedulers.FIFOScheduler):
     pass
 
 
-def _scheduler(rule: Rule, sweep: Sweep) -> Any:
+def _scheduler(rule: Rule, held: _Held) -> Any:
     found: _Heard
     match rule.kind:
         case "asha":
@@ -190,18 +206,19 @@ def _scheduler(rule: Rule, sweep: Sweep) -> Any:
             )
         case "none":
             found = _ToTheEnd()  # type: ignore[no-untyped-call]
-    found.sweep = sweep
+    found.held = held
     return found
 
 
 class _Losses(tune.Callback):
     """Trials that Tune gave up."""
 
-    def __init__(self, sweep: Sweep) -> None:
-        self._sweep = sweep
+    def __init__(self, held: _Held) -> None:
+        self._held = held
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         text = str(trial.get_error() or "its process died").strip().splitlines()
-        self._sweep.lost(trial.config["number"], text[-1] if text else "its process died")
+        assert self._held.sweep is not None
+        self._held.sweep.lost(trial.config["number"], text[-1] if text else "its process died")

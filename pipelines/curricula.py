@@ -25,9 +25,10 @@ def schedule_of(trial: int, training: StageTraining, noise: NoiseConfig) -> Sche
     )
     if not isinstance(training, ConsistencyConfig):
         return empty  # continuous time: no levels, no target network
-    # The last step begins before the end; past it nothing is trained.
+    # As the loop counts, in images; the last step begins before the end.
     K = training.steps
-    progress = [Progress(min(round(f * K), K - 1), K) for f in empty.fractions]
+    steps = [min(round(fraction * K), K - 1) for fraction in empty.fractions]
+    progress = [Progress(step * training.batch, training.images) for step in steps]
     one = torch.ones(())
     pairs = training.pairs
     levels: tuple[int, ...] | None = None

@@ -221,7 +221,9 @@ def _demand(step: Step, cluster: Cluster, capacity: Resources) -> Resources:
     gang = _gang(step, cluster)
     if step.gang == "trials":
         every = Resources(gang.cpus * cluster.trials, gang.gpus * cluster.trials)
-        gang = Resources(min(every.cpus, capacity.cpus), min(every.gpus, capacity.gpus))
+        room = Resources(min(every.cpus, capacity.cpus), min(every.gpus, capacity.gpus))
+        # A cluster that grows may have no room for one yet.
+        gang = Resources(max(gang.cpus, room.cpus), max(gang.gpus, room.gpus))
     return Resources(step.cpus) + gang
 
 

@@ -8,6 +8,7 @@ import json
 import re
 
 from infra import storage
+from infra.errors import UserError
 from pipelines.artifacts import from_json, to_json
 from pipelines.sweep_summary import Trial
 
@@ -21,13 +22,11 @@ class Ledger:
     def trials(self) -> list[Trial]:
         """By number, each as last heard of."""
         names = set(storage.list_dir(self.home))
+        numbers = [match[1] for name in names if (match := re.fullmatch(r"(\d{4,})\.json", name))]
         found = []
-        for name in sorted(names):
-            number = re.fullmatch(r"(\d{4,})\.json", name)
-            if number is None:
-                continue
-            state = f"{number[1]}.state.json"
-            found.append(self._read(state if state in names else name))
+        for number in sorted(numbers, key=int):
+            state = f"{number}.state.json"
+            found.append(self._read(state if state in names else f"{number}.json"))
         return found
 
     def begin(self, trial: Trial) -> Trial:
@@ -54,7 +53,12 @@ class Ledger:
         storage.write_bytes(storage.join(self.home, "clock.json"), data)
 
     def _read(self, name: str) -> Trial:
-        found: Trial = from_json(
-            Trial, json.loads(storage.read_bytes(storage.join(self.home, name)))
-        )
+        url = storage.join(self.home, name)
+        try:
+            found: Trial = from_json(Trial, json.loads(storage.read_bytes(url)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{url}: is no record of a trial ({error}); remove {self.home} to search anew (the "
+                f"trials themselves are kept)"
+            ) from error
         return found

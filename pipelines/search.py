@@ -22,30 +22,41 @@ if TYPE_CHECKING:
 def propose(
     sweep: SweepConfig, trials: Sequence[Trial], number: int, attempt: int = 0
 ) -> tuple[str, ...]:
-    """Settings for trial `number`; another `attempt` draws others.
-
-    With search random a function of (sweep.seed, number, attempt) alone.
-    """
+    """TPE's settings for trial `number` after those tried; another `attempt` may draw others."""
     import optuna
 
-    from consistency.randomness import derive_seed
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    seed = derive_seed(sweep.seed, "trial", number, attempt) % 2**32
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        sampler: optuna.samplers.BaseSampler
-        if sweep.search == "random":
-            sampler = optuna.samplers.RandomSampler(seed=seed)
-        else:
-            sampler = optuna.samplers.TPESampler(
-                seed=seed,
-                multivariate=True,
-                group=True,
-                constant_liar=True,
-                n_startup_trials=sweep.startup,
-                warn_independent_sampling=False,
-            )
+        sampler = optuna.samplers.TPESampler(
+            seed=_seed(sweep, number, attempt),
+            multivariate=True,
+            group=True,
+            constant_liar=True,
+            n_startup_trials=sweep.startup,
+        )
+    return _ask(sampler, sweep, trials)
+
+
+def at_random(sweep: SweepConfig, number: int, attempt: int = 0) -> tuple[str, ...]:
+    """Random settings: a function of (sweep.seed, number, attempt) alone."""
+    import optuna
+
+    sampler = optuna.samplers.RandomSampler(seed=_seed(sweep, number, attempt))
+    return _ask(sampler, sweep, ())
+
+
+def _seed(sweep: SweepConfig, number: int, attempt: int) -> int:
+    from consistency.randomness import derive_seed
+
+    return derive_seed(sweep.seed, "trial", number, attempt) % 2**32
+
+
+def _ask(
+    sampler: "optuna.samplers.BaseSampler", sweep: SweepConfig, trials: Sequence[Trial]
+) -> tuple[str, ...]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(sampler=sampler, direction="minimize")
     space = Space(sweep.space)
     for trial in trials:
@@ -116,7 +127,7 @@ def _told(trial: Trial, space: Space, steps: int) -> "optuna.trial.FrozenTrial":
 
     States = optuna.trial.TrialState
     replayed = _Replayed(trial)
-    space.settings(replayed)
+    assert space.settings(replayed) == trial.settings, f"trial {trial.number} is of another space"
     lows = {probe.number: probe.lowest(steps) for probe in trial.probes}
     seen = {number: math.inf if low is None else low.value for number, low in lows.items()}
     state, value = States.PRUNED, None

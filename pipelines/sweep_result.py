@@ -1,7 +1,7 @@
 """From a sweep's trials to its summary."""
 
-import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from pipelines.sweep import Axis, SweepConfig
 from pipelines.sweep_summary import AxisSummary, Trial
@@ -16,13 +16,13 @@ def axes_of(sweep: SweepConfig, trials: Sequence[Trial]) -> tuple[AxisSummary, .
     for axis in sweep.space:
         before = merged.get(axis.key)
         choices = (*before.choices, *axis.choice) if before else axis.choice
-        ends = axis.range or (None, None)
+        ranges = [one.range for one in sweep.space if one.key == axis.key and one.range]
         merged[axis.key] = AxisSummary(
             key=axis.key,
             choices=_in_order(dict.fromkeys(choices)),
-            low=ends[0],
-            high=ends[1],
-            log=axis.log,
+            low=min((low for low, _ in ranges), default=None),
+            high=max((high for _, high in ranges), default=None),
+            log=axis.log or (before is not None and before.log),
             importance=shares.get(axis.key),
         )
     return tuple(merged.values())
@@ -53,12 +53,12 @@ def importance(sweep: SweepConfig, trials: Sequence[Trial]) -> dict[str, float]:
     from sklearn.ensemble import RandomForestRegressor
 
     table = np.array([[_coded(sweep.space, trial, key) for key in keys] for trial, _ in rows])
-    target = np.log([max(value, 1e-12) for _, value in rows])
+    target: Any = np.log([max(value, 1e-12) for _, value in rows])
+    if np.ptp(target) == 0:  # no axis tells them apart
+        return {}
     forest = RandomForestRegressor(n_estimators=200, random_state=0, min_samples_leaf=2)
     forest.fit(table, target)
     shares = forest.feature_importances_
-    if not math.isfinite(shares.sum()) or shares.sum() == 0:  # no axis tells them apart
-        return {}
     return dict(zip(keys, (float(share) for share in shares), strict=True))
 
 

@@ -1,5 +1,7 @@
 """A sweep's trials as text: live while it runs, or as they stand."""
 
+import contextlib
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +20,8 @@ class SweepView:
     def __init__(self, ledger: Ledger, sweep: SweepConfig) -> None:
         self._ledger, self._sweep = ledger, sweep
         self._trials: list[Trial] = []
-        self._told: set[int] = {t.number for t in ledger.trials() if t.state != RUNNING}
-        self._last = -POLL_SECONDS
+        self._last = -math.inf
+        self._told = {t.number for t in self._current() if t.state != RUNNING}
 
     def news(self) -> list[str]:
         """A line for each trial that ended since the last call."""
@@ -44,10 +46,8 @@ class SweepView:
     def _current(self) -> list[Trial]:
         if time.monotonic() - self._last >= POLL_SECONDS:
             self._last = time.monotonic()
-            try:
+            with contextlib.suppress(OSError, UserError):  # not worth failing for
                 self._trials = self._ledger.trials()
-            except (OSError, ValueError, UserError):  # not worth failing for
-                return self._trials
         return self._trials
 
 

@@ -7,7 +7,7 @@ trials goes on where one of fewer ended.
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipelines.dag import Settings, StepContext
 from pipelines.fingerprint import fingerprint_of
 from pipelines.ledger import Ledger
 from pipelines.recipe import Recipe
-from pipelines.space import Space
+from pipelines.space import MOST, Space
 from pipelines.steps.trial import TrialConfig
 from pipelines.sweep import Axis, SweepConfig
 from pipelines.sweep_summary import COMPLETED, FAILED, RUNNING, STOPPED, Trial
@@ -29,7 +29,7 @@ from pipelines.training import StageConfig
 from pipelines.trial import TrialJob
 from pipelines.trial import run as run_trial
 
-REDRAWS = 100  # until the space is taken to be used up
+REDRAWS, RANDOM_DRAWS = 8, 64  # until a trial's setting must be looked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +139,8 @@ class Sweep:
         self._keep(trial)
 
     def lost(self, number: int, why: str) -> None:
+        if self.trials[number].state != RUNNING:
+            return  # it was over; only its repetition was lost
         failures = self.ctx.cluster.max_failures + 1
         reason = f"its process died {failures} times: {why}"
         self._keep(replace(self.trials[number], state=FAILED, reason=reason))
@@ -149,14 +151,7 @@ class Sweep:
         if number >= self.sweep.trials:
             return None
         seen = {trial.fingerprint for trial in self.trials.values()}
-        for attempt in range(REDRAWS):
-            origin, settings = "recipe", self._own() if number == 0 else ()
-            if number > 0:
-                drawn = list(self.trials.values())
-                settings = search.propose(self.sweep, drawn, number, attempt)
-                origin = self.sweep.search
-                if origin == "tpe" and number <= self.sweep.startup:
-                    origin = "random"
+        for origin, settings in self._drawn(number):
             try:
                 job = self.job_of(settings)
             except UserError:
@@ -174,6 +169,27 @@ class Sweep:
                 return number
         self.exhausted = True
         return None
+
+    def _drawn(self, number: int) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(origin, settings) that trial `number` may have, the first choice first.
+
+        A sampler that has settled on the best of a space of choices proposes it over and over;
+        so after REDRAWS of its own the draws are random, and in the end every combination has its
+        turn.
+        """
+        if number == 0:
+            yield "recipe", self._own()
+            return
+        sweep, told = self.sweep, list(self.trials.values())
+        if sweep.search == "tpe" and number > sweep.startup:
+            for attempt in range(REDRAWS):
+                yield "tpe", search.propose(sweep, told, number, attempt)
+        for attempt in range(RANDOM_DRAWS):
+            yield "random", search.at_random(sweep, number, attempt)
+        space = Space(sweep.space)
+        if not space.has_ranges:
+            for index in range(min(space.count(), MOST)):
+                yield "random", space.nth(index)
 
     def _own(self) -> tuple[str, ...]:
         """The recipe's own values of the axes, where the space has them; else none."""

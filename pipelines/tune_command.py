@@ -33,7 +33,21 @@ def refuse_what_cannot_be(sweep: SweepConfig, source: RecipeSource) -> Checked:
             f"they train, which cannot be here; take asha, median or none\n"
             + "\n".join(f"  {reason}" for reason in reasons)
         )
-    return check(sweep, source)
+    checked = check(sweep, source)
+    training = getattr(source.recipe(sweep.fixed), sweep.stage)
+    shorter = f"{sweep.stage}.images={int(training.images * sweep.budget)}"
+    try:
+        training = getattr(source.recipe((*sweep.fixed, shorter)), sweep.stage)
+    except UserError as error:
+        raise UserError(
+            f"sweep {sweep.name}: budget {sweep.budget:g} is too small: {error}"
+        ) from error
+    if training.steps < sweep.probes:
+        raise UserError(
+            f"sweep {sweep.name}: probes: {sweep.probes} looks at the {training.steps} steps of a "
+            f"trial; lower it, or raise {sweep.stage}.images or sweep.budget"
+        )
+    return checked
 
 
 def ledger_at(step: Step, cluster: Cluster) -> Ledger:

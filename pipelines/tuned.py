@@ -23,18 +23,31 @@ def delta_yaml(settings: Sequence[str]) -> str:
     tree: dict[str, Any] = {}
     for text in settings:
         dotted, _, value = text.partition("=")
-        *folders, last = dotted.split(".")
+        *folders, last = (part.strip() for part in dotted.split("."))
         branch = tree
         for name in folders:
+            if isinstance(branch.get(name), str):  # a mapping in one line, of which a key is set
+                branch[name] = _opened(branch[name])
             branch = branch.setdefault(name, {})
-        branch[last] = value
+        branch[last] = value.strip()
     return "".join(f"{line}\n" for line in _lines(tree, ""))
+
+
+def _opened(text: str) -> dict[str, str]:
+    """`{kind: ema, mu: 0.9}` as its entries."""
+    entries = yaml.safe_load(text)
+    assert isinstance(entries, dict), f"{text} has keys, so it is a mapping"
+    return {key: _flow(value) for key, value in entries.items()}
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+    return text.removesuffix("...\n").strip()  # which PyYAML puts behind a scalar
 
 
 def ema_text(emas: Sequence[EMAConfig]) -> str:
     """Sampling EMAs as the value of an override."""
-    plain = [asdict(ema) for ema in emas]
-    return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False, width=10_000).strip()
+    return _flow([asdict(ema) for ema in emas])
 
 
 def _lines(tree: Mapping[str, Any], indent: str) -> Iterator[str]:
@@ -93,7 +106,14 @@ def adopt(ctx: StepContext, tune: Committed[Tuned]) -> TrainedModel | None:
     )
     first = tune.value.ema
     others = tuple(name for name in (trial.value.ema, *trial.value.emas) if name != first)
-    model = replace(trial.value, ema=first, emas=others)
+    order = (first, *others)
+
+    def place(snapshot: str) -> tuple[int, int]:  # as training in that order would name them
+        name, _, steps = snapshot.rpartition("-")
+        return int(steps), order.index(name)
+
+    snapshots = tuple(sorted(trial.value.snapshots, key=place))
+    model = replace(trial.value, ema=first, emas=others, snapshots=snapshots)
     for name in files_of(model):
         data = ctx.fetch(trial, _trials_own(trial.value, model, name)).read_bytes()
         (ctx.out / name).parent.mkdir(exist_ok=True)

@@ -157,27 +157,37 @@ class Watch:
         return [line for line in lines if line["digest"] == lines[-1]["digest"]]
 
     def _measure(self, weights: Any, protocol: Protocol) -> float:
-        """The items are dealt to the ranks and merged in their order on each of them."""
+        """The items are dealt to the ranks and merged in their order on each of them. Infinite when
+        the samples are not even numbers: the loss will say so soon."""
+        from consistency.sampling import NotFinite
+
         block = Block(None, 0, protocol.samples)
         items = cut(0, [block])
         tools = self._tools
         tools.model.function.net.load_state_dict(weights)
-        own = [
-            (number, tools.part(item, protocol))
-            for number, item in enumerate(items)
-            if number % self.world_size == self.rank
-        ]
-        parts: list[list[tuple[int, Part]]] = [own]
+        own: list[tuple[int, Part]] | None
+        try:
+            own = [
+                (number, tools.part(item, protocol))
+                for number, item in enumerate(items)
+                if number % self.world_size == self.rank
+            ]
+        except NotFinite:
+            own = None
+        parts: list[list[tuple[int, Part]] | None] = [own]
         if self.world_size > 1:
             import torch.distributed as dist
 
-            parts = [[] for _ in range(self.world_size)]
+            parts = [None] * self.world_size
             dist.all_gather_object(parts, own)
+        finite = [of_rank for of_rank in parts if of_rank is not None]
+        if len(finite) < len(parts):
+            return math.inf
 
         def take(number: int, part: Part) -> None:
             block.add(items[number], part)
 
-        in_order((pair for of_rank in parts for pair in of_rank), len(items), take=take)
+        in_order((pair for of_rank in finite for pair in of_rank), len(items), take=take)
         block.settle(tools.value)
         return block.value
 

@@ -18,6 +18,8 @@ from consistency.method_config import (
     TargetEMA,
     UniformPairs,
 )
+from consistency.objectives.base import Progress
+from consistency.objectives.pairs import num_levels
 from pipelines.config import RecipeSource
 from pipelines.curricula import POINTS, schedule_of
 from pipelines.sweep_summary import Schedule
@@ -227,3 +229,26 @@ def test_continuous_time_has_fractions_alone(method: str) -> None:
 def test_a_diffusion_model_has_no_curriculum() -> None:
     found = schedule_of(0, TeacherConfig(images=1_000, batch=100), NOISE)
     assert (found.N, found.mu, found.gap) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(28_800, 64), (16_000, 64), (1_500, 100), (1_000, 300)]
+)
+def test_the_curriculum_drawn_is_the_one_that_is_trained(images: int, batch: int) -> None:
+    """The loop counts images, and neither they nor doublings divide into batches."""
+    config = stage("ict", 10, batch, f"isolate.images={images}")
+    found, K = schedule_of(0, config, NOISE), config.steps
+    seen = [min(round(fraction * K), K - 1) * batch for fraction in found.fractions]
+    trained = [num_levels(config.pairs.levels, Progress(at, images)) for at in seen]
+    assert tuple(trained) == found.N
+
+
+def test_the_settings_that_the_preset_of_2023_recommends_are_the_papers() -> None:
+    recommended = (
+        "isolate.init=teacher",
+        "isolate.pairs.levels={kind: constant, N: 120}",
+        "isolate.target={kind: ema, mu: 0.99, adaptive_s0: 0}",
+    )
+    found = schedule_of(0, stage("ct-2023", 1_000, 100, *recommended), NOISE)
+    assert set(found.N or ()) == {120}
+    assert set(found.mu or ()) == {0.99}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra import storage
+from infra.errors import UserError
 from pipelines.ledger import Ledger
 from pipelines.sweep_summary import COMPLETED, FAILED, RUNNING, STOPPED, Trial
 from tests.sweeps import trial
@@ -139,7 +140,7 @@ def test_a_torn_or_foreign_trial_is_not_taken_for_one(home: str, name: str, text
     if name != "0001.json":
         ledger.begin(begun(1))
     storage.write_bytes(storage.join(home, name), text.encode(errors="surrogateescape"))
-    with pytest.raises((ValueError, TypeError, KeyError)):
+    with pytest.raises(UserError, match="is no record of a trial"):
         ledger.trials()
 
 
@@ -169,3 +170,18 @@ def test_ledgers_of_two_searches_do_not_meet(home: str) -> None:
     assert [one.settings for one in ledger.trials()] == [("x.a=1",)]
     assert [one.settings for one in other.trials()] == [("x.a=2",)]
     assert ledger.seconds() == 0.0
+
+
+def test_ten_thousand_trials_are_in_order(tmp_path) -> None:
+    ledger = Ledger(str(tmp_path))
+    for number in (9_999, 10_000, 2):
+        ledger.begin(trial(number, ()))
+    assert [one.number for one in ledger.trials()] == [2, 9_999, 10_000]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"number": 0, "colour": 1}'])
+def test_a_file_that_is_no_record_is_named(tmp_path, text) -> None:
+    ledger = Ledger(str(tmp_path))
+    storage.write_bytes(storage.join(ledger.home, "0000.json"), text.encode())
+    with pytest.raises(UserError, match=r"0000\.json: is no record of a trial .*remove"):
+        ledger.trials()

@@ -1,5 +1,6 @@
 """What is tried next: draws of the space, and what the sampler is told of the trials so far."""
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from pipelines.search import _Replayed, _told, propose
+from pipelines.search import _Replayed, _told, at_random, propose
 from pipelines.space import Space, as_text
 from pipelines.sweep import Axis, SweepConfig
 from pipelines.sweep_summary import COMPLETED, FAILED, RUNNING, STOPPED, Trial
@@ -31,15 +32,8 @@ TWICE = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # Optuna's, on what it will call otherwise
-        yield
-
-
-def sweep(search: str, axes: tuple[Axis, ...] = AXES, **changes: Any) -> SweepConfig:
-    return SweepConfig(name="mine", stage="isolate", space=axes, search=search, **changes)
+def sweep(axes: tuple[Axis, ...] = AXES, **changes: Any) -> SweepConfig:
+    return SweepConfig(name="mine", stage="isolate", space=axes, **changes)
 
 
 def values(settings: Sequence[str]) -> dict[str, str]:
@@ -59,12 +53,12 @@ def distance(settings: Sequence[str]) -> float:
 
 
 def history(count: int, seed: int) -> list[Trial]:
-    drawn = (propose(sweep("random", seed=seed), (), n) for n in range(1, count + 1))
+    drawn = (at_random(sweep(seed=seed), n) for n in range(1, count + 1))
     return [trial(n, (distance(text),), *text) for n, text in enumerate(drawn, start=1)]
 
 
 EVERY_STATE = [
-    trial(0, (3.0, 2.0)),  # the recipe's own setting names no values
+    trial(0, (3.0, 2.0)),  # the recipe's own setting, of which the space has no values
     trial(1, (3.0, 2.0), "x.method=a", "x.lr=0.01"),
     trial(2, (3.0,), "x.method=b", "x.depth=3", state=STOPPED),
     trial(3, (), "x.method=b", "x.depth=8", state=RUNNING),
@@ -143,10 +137,9 @@ def test_two_axes_of_one_key_are_told_apart() -> None:
         ("y.method=a", "x.lr=0.1"),
     ],
 )
-@pytest.mark.parametrize("search", ["random", "tpe"])
-def test_a_trial_of_another_space_is_refused(search: str, foreign: tuple[str, ...]) -> None:
+def test_a_trial_of_another_space_is_refused(foreign: tuple[str, ...]) -> None:
     with pytest.raises((AssertionError, ValueError)):
-        propose(sweep(search), [trial(1, (1.0,), *foreign)], 2)
+        propose(sweep(), [trial(1, (1.0,), *foreign)], 2)
 
 
 # --- numbers -------------------------------------------------------------------------------------
@@ -177,10 +170,10 @@ def test_a_number_goes_through_its_text_and_comes_back(
 
 @pytest.mark.parametrize("search", ["random", "tpe"])
 def test_every_draw_is_a_setting_of_the_space_and_can_be_told(search: str) -> None:
-    config = sweep(search, TWICE, startup=4)
+    config = sweep(TWICE, startup=4)
     done: list[Trial] = []
     for number in range(1, 25):
-        drawn = propose(config, done, number)
+        drawn = propose(config, done, number) if search == "tpe" else at_random(config, number)
         found = values(drawn)
         assert list(found) == ["x.method", "x.init", "x.N", "x.mean"]
         assert found["x.init"] in {"a": ("s", "t", "d"), "b": ("t", "d")}[found["x.method"]]
@@ -195,8 +188,8 @@ def test_a_logarithmic_range_is_drawn_evenly_in_the_logarithm() -> None:
     plain = Axis(key="x.n", range=(1e-4, 1.0))
     low: dict[bool, int] = {}
     for log in (False, True):
-        config = sweep("random", (replace(plain, log=log),))
-        drawn = [float(values(propose(config, (), n))["x.n"]) for n in range(60)]
+        config = sweep((replace(plain, log=log),))
+        drawn = [float(values(at_random(config, n))["x.n"]) for n in range(60)]
         low[log] = sum(number < 1e-2 for number in drawn)
     assert low[False] <= 3  # 1 % expected
     assert 20 <= low[True] <= 40  # half expected
@@ -205,17 +198,15 @@ def test_a_logarithmic_range_is_drawn_evenly_in_the_logarithm() -> None:
 # --- random --------------------------------------------------------------------------------------
 
 
-def test_random_search_depends_on_seed_number_and_attempt_and_on_nothing_else() -> None:
-    config = sweep("random", TWICE)
-    first = {(n, a): propose(config, (), n, a) for n in range(8) for a in range(3)}
+def test_random_settings_depend_on_seed_number_and_attempt_and_on_nothing_else() -> None:
+    config = sweep(TWICE)
+    first = {(n, a): at_random(config, n, a) for n in range(8) for a in range(3)}
     assert len(set(first.values())) == len(first)
-    past = [trial(n, (1.0,), *first[n, 0]) for n in range(8)]
-    for known in (past, past[:3], [replace(one, state=FAILED) for one in reversed(past)]):
-        assert {(n, a): propose(config, known, n, a) for n, a in first} == first
+    assert {(n, a): at_random(config, n, a) for n, a in reversed(first)} == first
     longer = replace(config, name="other", trials=99, scheduler="none", steps=1, startup=1)
-    assert propose(longer, past, 5, 2) == first[5, 2]
+    assert at_random(longer, 5, 2) == first[5, 2]
     other = replace(config, seed=1)
-    assert not set(first.values()) & {propose(other, (), n, a) for n, a in first}
+    assert not set(first.values()) & {at_random(other, n, a) for n, a in first}
 
 
 # --- TPE -----------------------------------------------------------------------------------------
@@ -223,7 +214,7 @@ def test_random_search_depends_on_seed_number_and_attempt_and_on_nothing_else() 
 
 def test_tpe_says_the_same_of_the_same_history_and_other_things_at_other_attempts() -> None:
     done = history(12, seed=0)
-    config = sweep("tpe", startup=4)
+    config = sweep(startup=4)
     drawn = [propose(config, done, 13, attempt) for attempt in (0, 1, 2, 3)]
     assert [propose(config, done, 13, attempt) for attempt in (0, 1, 2, 3)] == drawn
     assert len(set(drawn)) == 4
@@ -235,23 +226,27 @@ def test_tpe_begins_when_as_many_trials_as_startup_have_been_told() -> None:
     worse = [replace(one, probes=trial(0, (20.0 - i,)).probes) for i, one in enumerate(done)]
 
     def drawn(known: list[Trial], startup: int) -> list[tuple[str, ...]]:
-        return [propose(sweep("tpe", startup=startup), known, n) for n in range(7, 12)]
+        return [propose(sweep(startup=startup), known, n) for n in range(7, 12)]
 
     assert drawn(done, 7) == drawn(worse, 7)
     assert drawn(done, 6) != drawn(worse, 6)
-    assert drawn(done, 7) == [propose(sweep("random"), done, n) for n in range(7, 12)]
+    assert drawn(done, 7) == [at_random(sweep(), n) for n in range(7, 12)]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_tpe_goes_where_it_was_good_and_random_search_does_not(seed: int) -> None:
-    done = history(24, seed)
-    near = {}
-    for search in ("tpe", "random"):
-        drawn = [values(propose(sweep(search, seed=seed), done, n)) for n in range(25, 45)]
-        lrs = [float(found["x.lr"]) for found in drawn if found["x.method"] == "a"]
-        near[search] = sum(10**-2.5 < lr < 10**-1.5 for lr in lrs)  # an eighth of the volume
-        if search == "tpe":
-            assert len(lrs) >= 15  # all b are bad
+    done, config, asked = history(24, seed), sweep(seed=seed), range(25, 45)
+    drawn = {
+        "tpe": [values(propose(config, done, n)) for n in asked],
+        "random": [values(at_random(config, n)) for n in asked],
+    }
+    lrs = {
+        who: [float(one["x.lr"]) for one in found if one["x.method"] == "a"]
+        for who, found in drawn.items()
+    }
+    assert len(lrs["tpe"]) >= 15  # all b are bad
+    # An eighth of the space: half of it is of method a, a quarter of that as near.
+    near = {who: sum(10**-2.5 < lr < 10**-1.5 for lr in found) for who, found in lrs.items()}
     assert near["tpe"] >= 15
     assert near["random"] <= 7
 
@@ -262,7 +257,7 @@ def test_tpe_takes_a_trial_that_went_further_before_one_that_was_stopped() -> No
     cut = [
         trial(n, (0.1,), "x.method=b", f"x.depth={n}", state=STOPPED) for n in (1, 2, 3, 4, 5, 6)
     ]
-    drawn = [values(propose(sweep("tpe", startup=2), whole + cut, n)) for n in range(10, 30)]
+    drawn = [values(propose(sweep(startup=2), whole + cut, n)) for n in range(10, 30)]
     assert sum(found["x.method"] == "a" for found in drawn) >= 15
 
 
@@ -273,7 +268,7 @@ def test_tpe_keeps_away_from_what_runs_already() -> None:
     lr = float(values(best.settings)["x.lr"])
 
     def near(known: list[Trial]) -> int:
-        drawn = [values(propose(sweep("tpe", seed=3), known, n)) for n in range(31, 61)]
+        drawn = [values(propose(sweep(seed=3), known, n)) for n in range(31, 61)]
         lrs = [float(found["x.lr"]) for found in drawn if found["x.method"] == "a"]
         return sum(abs(math.log10(one / lr)) < 0.1 for one in lrs)
 
@@ -293,5 +288,25 @@ def test_tpe_keeps_away_from_what_runs_already() -> None:
 )
 def test_tpe_proposes_whatever_became_of_the_trials(known: list[Trial]) -> None:
     for number in range(6, 10):
-        drawn = propose(sweep("tpe", startup=1), known, number)
+        drawn = propose(sweep(startup=1), known, number)
         assert Space(AXES).settings(_Replayed(trial(number, (), *drawn))) == drawn
+
+
+def test_a_search_says_nothing_on_the_terminal() -> None:
+    spoken: list[logging.LogRecord] = []
+    ear = logging.Handler()
+    ear.emit = spoken.append  # type: ignore[method-assign]
+    logging.getLogger("optuna").addHandler(ear)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        at_random(sweep(), 1)
+        propose(sweep(startup=1), EVERY_STATE, 6)
+    logging.getLogger("optuna").removeHandler(ear)
+    assert [str(one.message) for one in warned] == []
+    assert [one.getMessage() for one in spoken] == []
+
+
+def test_settings_that_are_no_axis_of_the_space_are_refused_too() -> None:
+    foreign = trial(1, (1.0,), "x.method=a", "x.lr=0.1", "x.other=3")
+    with pytest.raises(AssertionError, match="another space"):
+        propose(sweep(), [foreign], 2)

@@ -67,13 +67,13 @@ def test_two_axes_that_decide_share_the_effect_by_their_sizes() -> None:
     # Variances of the logarithm: ln(5)^2 6/25 and 0.2^2 21/4 (of these draws 0.62 and 0.21).
     assert shares["x.kind"] == pytest.approx(0.75, abs=0.1)
     assert shares["x.depth"] == pytest.approx(0.25, abs=0.1)
+    steeper = rolled(60, lambda found: 1e3 * both(found) ** 2)  # the same, on a logarithmic scale
+    assert importance(sweep(), steeper) == pytest.approx(shares, abs=1e-3)
 
 
-def test_importance_is_of_the_first_probe_and_its_scale_does_not_matter() -> None:
+def test_importance_is_of_the_first_probe() -> None:
     trials = rolled(30, ONLY["x.depth"])
     shares = importance(sweep(), trials)
-    scaled = rolled(30, lambda found: 1e6 * ONLY["x.depth"](found))
-    assert importance(sweep(), scaled) == pytest.approx(shares, abs=1e-3)
     later = [
         replace(one, probes=(*one.probes, *trial(0, (0.0, 1.0 + n % 7)).probes[1:]))
         for n, one in enumerate(trials)
@@ -111,10 +111,6 @@ def test_trials_without_a_finite_look_or_without_settings_do_not_count() -> None
         assert importance(sweep(), [*trials, empty]) == {}
     early = trial(93, (9.0,), "x.kind=p", "x.lr=0.1", "x.depth=1", "x.noise=0", state=STOPPED)
     assert importance(sweep(), [*trials, early]) != {}
-
-
-def test_nothing_decides_where_all_came_out_the_same() -> None:
-    assert importance(sweep(), rolled(12, lambda found: 2.0)) == {}
 
 
 def test_a_distance_of_zero_is_a_distance() -> None:
@@ -191,6 +187,36 @@ def test_axes_of_one_key_are_one_with_the_choices_of_all_each_once() -> None:
     )
 
 
+def test_merged_choices_that_are_numbers_stand_by_size() -> None:
+    stages = (
+        Axis(key="x.stages", choice=("4", "6", "8"), when=("x.q=2",)),
+        Axis(key="x.stages", choice=("2", "3", "4"), when=("x.q=4",)),
+        Axis(key="x.stages", choice=("1_000", "1e-3"), when=("x.q=16",)),
+    )
+    expected = ("1e-3", "2", "3", "4", "6", "8", "1_000")
+    assert axes_of(sweep(*stages), []) == (summed("x.stages", *expected),)
+
+
 def summed(key: str, *choices: str, **changes: Any) -> AxisSummary:
     fields = {"low": None, "high": None, "log": False, "importance": None, **changes}
     return AxisSummary(key=key, choices=choices, **fields)
+
+
+def test_ranges_of_one_key_are_merged_and_a_choice_beside_them_takes_none_away() -> None:
+    method = Axis(key="x.m", choice=("a", "b"))
+    low = Axis(key="x.lr", range=(1e-5, 1e-3), log=True, when=("x.m=a",))
+    high = Axis(key="x.lr", range=(1e-2, 1e-1), log=True, when=("x.m=b",))
+    one = Axis(key="x.lr", choice=("0.1",), when=("x.m=b",))
+    both = axes_of(sweep(method, low, high), [])[1]
+    assert (both.low, both.high, both.log) == (1e-5, 1e-1, True)
+    kept = axes_of(sweep(method, low, one), [])[1]
+    assert (kept.low, kept.high, kept.log, kept.choices) == (1e-5, 1e-3, True, ("0.1",))
+
+
+@pytest.mark.parametrize("value", [5.0, 3.7, 0.0, 1000.0])
+def test_nothing_decides_where_all_came_out_the_same(value: float) -> None:
+    space = Axis(key="x.a", choice=("p", "q", "r")), Axis(key="x.b", choice=("s", "t", "u", "v"))
+    trials = [
+        trial(n, (value,), f"x.a={'pqr'[n % 3]}", f"x.b={'stuv'[n * 7 % 4]}") for n in range(1, 14)
+    ]
+    assert importance(sweep(*space), trials) == {}

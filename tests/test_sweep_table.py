@@ -209,3 +209,13 @@ def shown(view: SweepView) -> list[str]:
     with console.capture() as capture:
         console.print(view.table())
     return [line.rstrip() for line in capture.get().splitlines()]
+
+
+@pytest.mark.parametrize("text", ['{"number": 0, "colour": 1}', "{}", "[]", "{"])
+def test_a_ledger_that_is_none_does_not_stop_a_run(tmp_path, text, monkeypatch) -> None:
+    monkeypatch.setattr(sweep_table, "POLL_SECONDS", 0)
+    ledger = Ledger(str(tmp_path))
+    before = SweepView(ledger, sweep())
+    storage.write_bytes(storage.join(ledger.home, "0000.json"), text.encode())
+    assert before.news() == []
+    assert SweepView(ledger, sweep()).news() == []

@@ -287,7 +287,7 @@ def test_killed_at_any_write_it_comes_to_the_same_trials(tmp_path, kind, concurr
     assert at > 20
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
     cuts=st.lists(st.integers(1, 40), max_size=5),
     seeds=st.lists(st.integers(0, 99), min_size=6, max_size=6),
@@ -581,3 +581,25 @@ def test_a_trial_has_the_inputs_that_its_training_needs_and_no_others(tmp_path):
     job = shorter.job_of(())
     assert job.config.stage.training.images == 51
     assert shorter.recipe((), whole=True).isolate.images == 64
+
+
+def test_an_ended_trial_whose_repetition_dies_keeps_what_it_said(tmp_path):
+    sweep = sweep_of(*WIDE, trials=2)
+    before = run(search(tmp_path, sweep), World(stops=0).tune()).all()
+
+    def dying(_: Any, it: Sweep, **__: Any) -> None:
+        while (found := it.next()) is not None:
+            it.lost(found[0], "the node died")
+
+    assert run(search(tmp_path, sweep), dying).all() == before
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_sampler_that_proposes_the_same_again_does_not_use_a_space_up(tmp_path, seed):
+    axes = (
+        choice("isolate.dropout", "0.0", "0.1", "0.2", "0.3"),
+        choice("isolate.pairs.levels.s1", "4", "8", "16"),
+    )
+    sweep = sweep_of(*axes, trials=12, search="tpe", startup=6, seed=seed)
+    trials = run(search(tmp_path, sweep), World().tune()).all()
+    assert len({trial.fingerprint for trial in trials}) == 12

@@ -201,19 +201,19 @@ def test_the_distance_is_the_best_emas_in_the_steps_of_the_objective(whole, step
 def test_equal_weights_give_equal_values_in_every_trial(bench, whole, monkeypatch):
     """Common noise: a distance depends on weights alone, whichever trial they are of."""
     turned = "isolate.ema=[{kind: constant, beta: 0.5}, {kind: constant, beta: 0.9}]"
-    first, *others = (job_of(bench), job_of(bench, turned), job_of(bench, noise_seed=4))
-    assert len({job.fingerprint for job in (first, *others)}) == 3
-    values = [whole.log]
-    for job in others:
-        run(job, Told(), monkeypatch)
-        values.append(logged(job))
+    jobs = [job_of(bench), job_of(bench, turned), job_of(bench, noise_seed=4)]
+    assert len({job.fingerprint for job in jobs}) == 3
     first, same, other = (
         {(line["images"], line["ema"], line["steps"]): line["value"] for line in lines}
-        for lines in values
+        for lines in (
+            whole.log,
+            run(jobs[1], Told(), monkeypatch).results[-1]["lines"],
+            run(jobs[2], Told(1), monkeypatch).results[-1]["lines"],
+        )
     )
     assert first == same
-    assert len(first) == 12
-    assert all(other[key] != value for key, value in first.items())
+    assert (len(first), len(other)) == (12, 4)
+    assert all(first[key] != value for key, value in other.items())
 
 
 def test_what_it_tells_a_scheduler_is_always_a_number():
@@ -264,7 +264,6 @@ def test_killed_again_and_again_it_comes_to_the_same_end(bench, whole, monkeypat
 
 # Every kind of write of a trial: which one it dies at, and what it has written down by then.
 WRITES = [
-    ("/work/watch.jsonl", 1, 0),
     ("/state.safetensors", 2, 2),
     ("/work/checkpoint-000000000016", 1, 2),  # is removed
     ("/COMMIT.json", 1, 2),
@@ -413,7 +412,7 @@ def test_only_the_last_checkpoint_is_kept(bench, monkeypatch):
             folder = Path(job.home, "work", latest(job))
             assert {"curve.jsonl", LOG} < {path.name for path in folder.iterdir()}
 
-    run(job, Told(after=look), monkeypatch)
+    run(job, Told(2, after=look), monkeypatch)
     assert [[name[: len("checkpoint-000000000016")] for name in names] for names in found] == [
         [f"checkpoint-{images:012}"] for images in MARKS[:2]
     ]
@@ -464,8 +463,7 @@ def test_checkpoints_between_the_probes_change_nothing(tmp_path, whole, monkeypa
     stand_in(monkeypatch)
     job = job_of(stocked(tmp_path / "two", checkpoint_every_seconds=0))
     assert job.fingerprint == job_of(whole.bench).fingerprint
-    assert run(job, Told(2), monkeypatch).probes == [(1, False), (2, False)]
-    assert run(job, Told(), monkeypatch).probes == [(1, True), (2, False), (3, False)]
+    assert run(job, Told(), monkeypatch).probes == [(1, False), (2, False), (3, False)]
     assert (weights(files(job)), logged(job)) == (whole.weights, whole.log)
 
 
@@ -505,3 +503,18 @@ def test_a_mistake_of_the_training_is_not_taken_for_a_failure(bench, monkeypatch
     assert run(job_of(bench), Told(), monkeypatch).results == [
         {"mistake": "isolate.batch: is wrong; mend it"}
     ]
+
+
+def test_a_divergence_that_a_probe_sees_first_is_a_failure_like_any_other(bench, monkeypatch):
+    attempts = []
+    train = train_worker.run
+
+    def counted(*given: Any) -> Any:
+        attempts.append(1)
+        return train(*given)
+
+    monkeypatch.setattr(train_worker, "run", counted)
+    told = run(job_of(bench, "isolate.lr=1e30", retries=3), Told(), monkeypatch)
+    assert len(attempts) == 1
+    assert "finite" in told.results[-1]["failed"] or "gradient" in told.results[-1]["failed"]
+    assert "traceback" not in told.results[-1]["failed"]

@@ -467,3 +467,38 @@ def test_trained_weights_of_different_settings_differ(searched):
         arrays = load_file(folder / "ema" / "constant-0.5.safetensors")
         seen.append(b"".join(arrays[name].tobytes() for name in sorted(arrays)))
     assert len(set(seen)) == 4
+
+
+def test_a_failed_trial_does_not_win_however_far_it_came(tmp_path, monkeypatch):
+    timed(monkeypatch)
+    run_trials = fake_trials(([5.0], RUNNING), ([2.0, 1.0], FAILED))
+    sweep = sweep_of(LRS, trials=2, minutes=0.5)
+    assert tune(stocked(tmp_path / "t"), sweep, {}, run_trials).value.winner == 0
+
+
+def test_a_delta_opens_a_mapping_of_which_a_key_is_set():
+    text = delta_yaml(["isolate.target={kind: ema, mu: 0.9}", "isolate.target.mu=0.5"])
+    assert yaml.safe_load(text) == {"isolate": {"target": {"kind": "ema", "mu": 0.5}}}
+
+
+def test_a_delta_does_not_mind_spaces_around_keys(tmp_path):
+    emas = "isolate.ema = [{kind: constant, beta: 0.3}, {kind: constant, beta: 0.2}]"
+    fixed = (emas, "isolate.dropout = 0.2")
+    sweep = sweep_of(choice("isolate.lr", "1e-3", "2e-3"), fixed=fixed, trials=2, probes=1)
+    found = tune(stocked(tmp_path / "t"), sweep)
+    problems: list[Any] = []
+    parse(found.file("delta.yaml").read_text(), Mark(0, "delta.yaml", 1, 1), problems)
+    assert problems == []
+    assert sum("ema" in text.partition("=")[0] for text in found.value.settings) == 1
+
+
+def test_adopted_snapshots_are_named_as_training_names_them(tmp_path):
+    emas = "isolate.ema=[{kind: power, sigma_rel: 0.2}, {kind: power, sigma_rel: 0.05}]"
+    fixed = (emas, "isolate.snapshots=2")
+    sweep = sweep_of(choice("isolate.lr", "1e-3", "2e-3"), fixed=fixed, trials=2, probes=2)
+    found = tune(stocked(tmp_path / "t"), sweep)
+    adopted = found.bench.run("isolate").value
+    recipe = load_recipe(str(found.file("recipe.yaml")))
+    config = StageConfig.of(recipe, "isolate")
+    anew = run_stage(found.bench.context("anew"), config, found.bench.committed("shard"))
+    assert content_of(anew) == content_of(adopted)

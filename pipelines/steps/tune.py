@@ -25,7 +25,15 @@ from pipelines.artifacts import (
 from pipelines.config import resolved_yaml
 from pipelines.dag import StepContext, read_record
 from pipelines.scoring import Job, Subject, measure_in_step
-from pipelines.sweep_summary import COMPLETED, RUNNING, STOPPED, Finalist, SweepSummary, Trial
+from pipelines.sweep_summary import (
+    COMPLETED,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    Finalist,
+    SweepSummary,
+    Trial,
+)
 from pipelines.sweeping import Sweep, TuneStage
 from pipelines.trial import home_of
 from pipelines.yardstick import Yardstick
@@ -89,7 +97,11 @@ def summarise(search: Sweep) -> SweepSummary:
         settings=(),
         command="",
     )
-    ranked = [trial for trial in draft.ranked() if _best_ema(trial, sweep.steps) is not None]
+    ranked = [
+        trial
+        for trial in draft.ranked()
+        if trial.state != FAILED and _best_ema(trial, sweep.steps) is not None
+    ]
     if not ranked:
         reasons = sorted({trial.reason for trial in trials if trial.reason})
         raise UserError(
@@ -170,7 +182,7 @@ def _winning(search: Sweep, winner: Trial, finalists: tuple[Finalist, ...]) -> t
     best = finalists[0].ema if finalists else _best_ema(winner, search.sweep.steps)
     training = getattr(search.recipe(winner.settings, whole=True), stage)
     emas = sorted(training.ema, key=lambda ema: bool(ema.name != best))
-    kept = (text for text in fixed if not text.startswith(f"{stage}.ema="))
+    kept = (text for text in fixed if text.partition("=")[0].strip() != f"{stage}.ema")
     return (*kept, *winner.settings, f"{stage}.ema={tuned.ema_text(emas)}")
 
 
