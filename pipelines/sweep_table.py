@@ -22,6 +22,7 @@ class SweepView:
         self._trials: list[Trial] = []
         self._last = -math.inf
         self._told = {t.number for t in self._current() if t.state != RUNNING}
+        self._last = -math.inf  # what comes from now on is news at once
 
     def news(self) -> list[str]:
         """A line for each trial that ended since the last call."""
@@ -46,7 +47,7 @@ class SweepView:
     def _current(self) -> list[Trial]:
         if time.monotonic() - self._last >= POLL_SECONDS:
             self._last = time.monotonic()
-            with contextlib.suppress(OSError, UserError):  # not worth failing for
+            with contextlib.suppress(OSError, ValueError, UserError):  # not worth failing for
                 self._trials = self._ledger.trials()
         return self._trials
 
