@@ -202,8 +202,11 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
         shards,
         yardstick,
         diffusion,
-        *tunings.values(),
-        *trained.values(),
+        *(
+            step
+            for name, stage in trained.items()
+            for step in (*_tuned(tunings, name).values(), stage)
+        ),
         *selected.values(),
         evaluated,
         registered,

@@ -8,9 +8,10 @@ import pytest
 
 from infra.errors import UserError
 from pipelines import dag, graph
-from pipelines.config import load_recipe
+from pipelines.config import RecipeSource, load_recipe, load_sweep, resolved_yaml
 from pipelines.dag import fingerprint
 from pipelines.recipe import Cluster, Recipe
+from pipelines.sweep import Axis
 
 TWO = "[{kind: power, sigma_rel: 0.05}, {kind: power, sigma_rel: 0.10}]"
 TRUNCATED = [
@@ -179,7 +180,7 @@ def test_an_lpips_file_that_is_not_there_is_one_line_that_names_the_key(tmp_path
 
 
 def test_a_relative_lpips_file_is_the_shells_for_all_later_commands(tmp_path, monkeypatch):
-    from pipelines.commands import _at_absolute_paths
+    from pipelines.arguments import _at_absolute_paths
 
     monkeypatch.chdir(tmp_path)
     keys = ("distance=lpips", "lpips=vgg.pth")
@@ -291,3 +292,74 @@ def test_null_takes_an_optional_stage_away_and_a_preset_brings_it_back(tmp_path)
     assert again == recipe(*TRUNCATED)
     assert again.truncate.lr == 5e-5  # of the preset, not a default
     assert dataclasses.replace(again, truncate=None) == load_recipe(str(saved))
+
+
+# --- first weights, and sweeps -------------------------------------------------------------------
+
+
+def tuned(*names: str, **changes: object) -> dict[str, dag.Step]:
+    sweeps = tuple(dataclasses.replace(load_sweep(name), **changes) for name in names)
+    built = graph.build(dataclasses.replace(recipe(), tune=sweeps), Cluster())
+    return {step.name: step for step in built}
+
+
+def test_isolation_may_begin_with_the_distilled_model():
+    assert inputs(steps("isolate.init=distilled")["isolate"]) == {
+        "shard": "shard",
+        "distilled": "distill",
+    }
+    assert "distill.init: distillation makes the distilled model" in refused(
+        "distill.init=distilled"
+    )
+
+
+def test_a_sweep_stands_between_the_teacher_and_its_stage():
+    both = tuned("isolation", "distillation")
+    names = list(both)
+    assert names.index("teacher") < names.index("tune-distill") < names.index("distill")
+    assert names.index("distill") < names.index("tune-isolate") < names.index("isolate")
+    first = {"shard": "shard", "reference": "reference", "teacher": "teacher"}
+    assert inputs(both["tune-distill"]) == first
+    # Trials of isolation may begin with the distilled model.
+    assert inputs(both["tune-isolate"]) == first | {"distilled": "distill"}
+    assert inputs(both["distill"]) == {
+        "shard": "shard",
+        "teacher": "teacher",
+        "tune": "tune-distill",
+    }
+    assert inputs(both["isolate"]) == {
+        "shard": "shard",
+        "teacher": "teacher",
+        "distilled": "distill",
+        "tune": "tune-isolate",
+    }
+    seen: set[str] = set()
+    for step in both.values():
+        assert {needed.name for needed in step.inputs.values()} <= seen
+        seen.add(step.name)
+
+
+def test_a_sweep_that_never_begins_with_the_distilled_model_does_not_wait_for_it():
+    lr = Axis(key="isolate.lr", range=(1e-4, 1e-2))
+    alone = tuned("isolation", space=(lr,))
+    assert "distilled" not in alone["tune-isolate"].inputs
+    assert "distilled" not in alone["isolate"].inputs
+
+
+def test_a_sweep_changes_what_comes_after_it_and_nothing_before():
+    plain, swept, more = steps(), tuned("isolation"), tuned("isolation", trials=17)
+    prints = {name: fingerprint(step) for name, step in plain.items()}
+    same = [name for name in plain if fingerprint(swept[name]) == prints[name]]
+    assert same == ["shard", "reference", "teacher", "distill"]
+    assert fingerprint(more["tune-isolate"]) != fingerprint(swept["tune-isolate"])
+
+
+def test_a_stage_has_one_sweep():
+    with pytest.raises(ValueError, match="tune: two sweeps are for one stage"):
+        tuned("isolation", "isolation")
+
+
+def test_a_recipe_with_its_sweeps_is_written_and_read_back():
+    sweeps = (load_sweep("isolation"), load_sweep("distillation"))
+    whole = dataclasses.replace(recipe(), tune=sweeps)
+    assert RecipeSource("recipe.yaml", resolved_yaml(whole)).recipe() == whole

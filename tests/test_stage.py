@@ -182,3 +182,11 @@ def test_training_starts_where_the_teacher_stands(boundary):
     difference = (f(x, sigma) - D(x, sigma)).abs().max().item()
     assert (difference == 0) == (boundary == 0.0)
     assert difference < 0.02
+
+
+def test_the_distilled_models_weights_are_first_ones_like_the_teachers():
+    config, weights = KINDS["ict"], teacher_weights()
+    begun = begin(about(config), replace(config, init="distilled"), seed=0, teacher_weights=weights)
+    for name, value in begun.state.net.state_dict().items():
+        assert torch.equal(value, weights[name])
+    assert begun.teacher is None
