@@ -265,7 +265,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(bench, whole, monkeypat
 # Every kind of write of a trial: which one it dies at, and what it has written down by then.
 WRITES = [
     ("/state.safetensors", 2, 2),
-    ("/work/checkpoint-000000000016", 1, 2),  # is removed
+    ("/checkpoint-000000000016", 1, 2),  # is removed
     ("/COMMIT.json", 1, 2),
     ("/work", 1, 3),  # is removed
 ]
