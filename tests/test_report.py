@@ -15,11 +15,19 @@ from PIL import Image
 
 from consistency.evaluation.protocol import FeatureProtocol
 from pipelines import html, html_training, svg
-from pipelines.artifacts import Committed, RegisteredModel, ShardSet, TrainedModel
+from pipelines.artifacts import (
+    Committed,
+    RegisteredModel,
+    ShardSet,
+    TrainedModel,
+    Tuned,
+    to_json,
+)
 from pipelines.dag import StepContext, StepHistory
 from pipelines.png import encode_png, grid
 from pipelines.recipe import Cluster
-from pipelines.steps import report, select_ema
+from pipelines.steps import report, select_ema, tune
+from tests import sweeps
 from tests.scores import INCEPTION, evaluation, reference, score
 
 HOSTILE = "<script>alert('x')</script>\"&--><img src=http://evil.example/a.png onerror=x>"
@@ -406,6 +414,23 @@ class LocalContext(StepContext):
         return Path(committed.url) / name
 
 
+def _more(name: str) -> object:
+    if not name.startswith("tune-"):
+        return trained(name.removeprefix("select_ema-"))
+    return Tuned(
+        sweep="mine",
+        stage=name.removeprefix("tune-"),
+        trials=2,
+        winner=0,
+        settings=(),
+        ema="power-0.1",
+        trained=None,
+        metric="fd_domain_500",
+        value=1.0,
+        spent=0.5,
+    )
+
+
 def finished(tmp_path: Path, *more: str) -> dict[str, Committed[Any]]:
     """Inputs of the step; `more` are those of truncate and select_ema."""
 
@@ -424,9 +449,14 @@ def finished(tmp_path: Path, *more: str) -> dict[str, Committed[Any]]:
         "isolate": done("isolate", trained("isolate")),
         "evaluate": done("evaluate", page().evaluation),
         "register": done("register", REGISTERED),
-        **{name: done(name, trained(name.removeprefix("select_ema-"))) for name in more},
+        **{name: done(name, _more(name)) for name in more},
     }
     for name in more:
+        if name.startswith("tune-"):
+            text = json.dumps(
+                to_json(dataclasses.replace(sweeps.ordinary(4), stage=name.removeprefix("tune-")))
+            )
+            (tmp_path / name / tune.SUMMARY).write_text(text)
         if name.startswith("select_ema-"):
             rows = [{"name": "power-0.1", "value": 0.61, "chosen": False}]
             rows += [{"name": "power-0.15", "value": 0.52, "chosen": True}]
@@ -551,3 +581,16 @@ def test_selections_are_drawn_between_the_candidates_and_evaluate(tmp_path: Path
     assert "8 of 11 stages ran" in text
     for name in more:
         assert name in text
+
+
+def test_a_sweep_is_drawn_before_its_stage_and_has_a_section(tmp_path: Path) -> None:
+    ctx = context(tmp_path, "tune-distill", "tune-isolate")
+    how = dataclasses.replace(config("scratch"), after_distill=("tune-isolate",))
+    drawn = edges(tmp_path, ctx, how, "tune-distill", "tune-isolate")
+    assert drawn >= {
+        *("reference > tune-distill", "teacher > tune-distill", "tune-distill > distill"),
+        *("reference > tune-isolate", "distill > tune-isolate", "tune-isolate > isolate"),
+    }
+    html_page = (ctx.out / report.FILE).read_text()
+    assert 'id="sweep-distill"' in html_page
+    assert 'id="sweep-isolate"' in html_page

@@ -62,7 +62,10 @@ def run(
     selected = {name: c for name, c in optional.items() if name not in sweeps}
     trained = [teacher, distill, isolate, *([truncate] if truncate else [])]
     inputs: tuple[Committed[Any], ...]
-    inputs = (shard, reference, teacher, *sweeps.values(), *trained[1:])
+    inputs = (shard, reference, teacher)
+    for stage in trained[1:]:  # each after its own sweep, as they ran
+        before = sweeps.get(tune.step_name(stage.step))
+        inputs = (*inputs, *([before] if before else []), stage)
     inputs = (*inputs, *selected.values(), evaluate, register)
     page = html.Page(
         recipe_name=config.recipe_name,
