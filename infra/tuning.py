@@ -95,7 +95,7 @@ def run_trials(
 
     with tempfile.TemporaryDirectory(prefix="cmforge-tune-") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(run, {"CPU": cpus, **({"GPU": gpus} if gpus > 0 else {})}),
+            tune.with_resources(run, _resources(cpus, gpus)),
             tune_config=tune.TuneConfig(
                 metric=METRIC,
                 mode="min",
@@ -122,6 +122,14 @@ def run_trials(
 def report(result: Mapping[str, Any]) -> None:
     """Tell the sweep how this trial does; does not return when it is stopped (SystemExit)."""
     tune.report(dict(result))
+
+
+def _resources(cpus: float, gpus: float) -> Any:
+    """Of a trial's process. One that only waits for workers of its own gets a sliver of the head
+    node: Tune wants something, and a sliver of a CPU could be the one its workers lack."""
+    if cpus == 0:
+        return tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    return {"CPU": cpus, **({"GPU": gpus} if gpus > 0 else {})}
 
 
 def _name(trial: Trial) -> str:

@@ -94,7 +94,7 @@ class Sweep:
                         grace=sweep.grace,
                         eta=sweep.eta,
                     ),
-                    cpus=cluster.cpus_per_worker if here else 0.01,
+                    cpus=cluster.cpus_per_worker if here else 0,
                     gpus=cluster.gpus_per_worker if here else 0,
                     concurrent=cluster.trials,
                     max_failures=cluster.max_failures,

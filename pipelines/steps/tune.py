@@ -106,6 +106,7 @@ def summarise(search: Sweep) -> SweepSummary:
         reasons = sorted({trial.reason for trial in trials if trial.reason})
         raise UserError(
             f"sweep {sweep.name}: none of {len(trials)} trials gave a finite distance"
+            + ("" if sweep.minutes is None else f" within {sweep.minutes:g} minutes")
             + "".join(f"; {reason}" for reason in reasons[:2])
         )
     finalists = _finalists(search, yardstick, ranked)
