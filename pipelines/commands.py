@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def tune(arguments: argparse.Namespace) -> int:
     from pipelines import dag, graph, tune_command
+    from pipelines.steps.tune import step_name
 
     recipe, cluster = load(arguments)
     if arguments.extend is not None and arguments.extend < 1:
@@ -44,7 +45,7 @@ def tune(arguments: argparse.Namespace) -> int:
 
     def step_of(recipe: Any) -> Any:
         steps = graph.build(recipe, cluster, source(arguments, recipe))
-        name = tune_command.STEPS[recipe.tune[0].stage]
+        name = step_name(recipe.tune[0].stage)
         return next(step for step in steps if step.name == name)
 
     step = step_of(recipe)

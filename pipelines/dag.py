@@ -110,7 +110,7 @@ class StepContext:
 
     def fetch(self, committed: Committed[Any], name: str) -> Path:
         """Local path of a file of an input, checked against the input's record."""
-        home = storage.join(self.workspace, "steps", committed.step, committed.fingerprint)
+        home = home_at(self.workspace, committed.step, committed.fingerprint)
         record = next(r for r in read_record(home)["files"] if r["path"] == name)
         url = storage.join(committed.url, name)
         storage.verify(committed.url, [storage.FileRecord(**record)])
@@ -165,7 +165,12 @@ def topological(targets: Sequence[Step]) -> list[Step]:
 
 
 def home_of(workspace: str, step: Step) -> str:
-    return storage.join(workspace, "steps", step.name, fingerprint(step))
+    return home_at(workspace, step.name, fingerprint(step))
+
+
+def home_at(workspace: str, step: str, fingerprint: str) -> str:
+    """Where a result of that name and fingerprint lies, whoever made it."""
+    return storage.join(workspace, "steps", step, fingerprint)
 
 
 def read_record(home: str) -> dict[str, Any]:

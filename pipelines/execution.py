@@ -29,6 +29,7 @@ from pipelines.dag import (
     StepContext,
     StepHistory,
     committed_of,
+    home_at,
     home_of,
     plan,
     read_record,
@@ -289,7 +290,7 @@ def produce(
     file) for all else.
     """
     name = fingerprint_of(identity)[:16]
-    home = storage.join(settings.workspace, "steps", identity.step, name)
+    home = home_at(settings.workspace, identity.step, name)
     attempt = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
     published = storage.join(home, "attempts", attempt)
     local = storage.is_local(published)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra import storage
-from pipelines.dag import Planned
+from pipelines.dag import Planned, home_at
 from pipelines.execution import Event
 from pipelines.sweep_table import SweepView
 
@@ -49,7 +49,7 @@ class Progress:
         self.rows = {
             line.step.name: Row(
                 line.step.name,
-                storage.join(workspace, "steps", line.step.name, line.fingerprint, "work"),
+                storage.join(home_at(workspace, line.step.name, line.fingerprint), "work"),
             )
             for line in lines
         }

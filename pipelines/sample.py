@@ -139,7 +139,7 @@ def _input(workspace: str, record: dict[str, Any], name: str) -> dict[str, Any]:
 
     inputs = {i["name"]: i["fingerprint"] for i in record["identity"]["inputs"]}
     for step in (name, select_ema.step_name(name)):
-        home = storage.join(workspace, "steps", step, inputs[name])
+        home = dag.home_at(workspace, step, inputs[name])
         if storage.exists(storage.join(home, "COMMIT.json")):
             return dag.read_record(home)
     raise UserError(f"the {name} registered last is gone from workspace {workspace}; run it again")
@@ -161,5 +161,7 @@ def _require_null_class(workspace: str) -> None:
 
 
 def _files(workspace: str, record: dict[str, Any]) -> Path:
-    home = storage.join(workspace, "steps", record["step"], record["fingerprint"])
+    from pipelines.dag import home_at
+
+    home = home_at(workspace, record["step"], record["fingerprint"])
     return Path(storage.join(home, "attempts", record["attempt"]))

@@ -104,6 +104,10 @@ class SweepConfig:
     finalist_seed: int = 4
     allow_rank_deficient: bool = False
 
+    def images(self, whole: int) -> int:
+        """A trial's budget, of a stage of `whole` images."""
+        return int(whole * self.budget)
+
     def __post_init__(self) -> None:
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name) is not None,

@@ -239,7 +239,7 @@ class Sweep:
         stage, budget = self.sweep.stage, self.sweep.budget
         shorter: tuple[str, ...] = ()
         if budget < 1 and not whole:
-            images = int(self.config.stage.training.images * budget)
+            images = self.sweep.images(self.config.stage.training.images)
             shorter = (f"{stage}.images={images}",)
         return self.config.source.recipe((*self.sweep.fixed, *settings, *shorter))
 

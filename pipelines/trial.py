@@ -13,7 +13,7 @@ from infra import storage
 from infra.errors import TrainingFailed, UserError
 from pipelines import probes
 from pipelines.artifacts import Committed, TrainedModel
-from pipelines.dag import Identity, Input, Settings, StepContext, read_record
+from pipelines.dag import Identity, Input, Settings, StepContext, home_at, read_record
 from pipelines.execution import AttemptFailed, produce
 from pipelines.fingerprint import fingerprint_of
 from pipelines.steps import trial as step
@@ -51,7 +51,7 @@ class TrialJob:
 
 
 def home_of(workspace: str, fingerprint: str) -> str:
-    return storage.join(workspace, "steps", NAME, fingerprint)
+    return home_at(workspace, NAME, fingerprint)
 
 
 def run(job: TrialJob, report: Callable[[Mapping[str, Any]], None]) -> None:

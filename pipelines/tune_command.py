@@ -19,7 +19,6 @@ from pipelines.sweep_summary import RUNNING
 from pipelines.sweeping import TuneStage, ledger_of
 
 MFU = 0.4  # share of a device's peak, as `cmforge estimate` assumes it
-STEPS = {"isolate": "tune-isolate", "distill": "tune-distill"}
 
 
 def refuse_what_cannot_be(sweep: SweepConfig, source: RecipeSource) -> Checked:
@@ -35,7 +34,7 @@ def refuse_what_cannot_be(sweep: SweepConfig, source: RecipeSource) -> Checked:
         )
     checked = check(sweep, source)
     training = getattr(source.recipe(sweep.fixed), sweep.stage)
-    shorter = f"{sweep.stage}.images={int(training.images * sweep.budget)}"
+    shorter = f"{sweep.stage}.images={sweep.images(training.images)}"
     try:
         training = getattr(source.recipe((*sweep.fixed, shorter)), sweep.stage)
     except UserError as error:
@@ -96,7 +95,7 @@ def show_plan(step: Step, cluster: Cluster) -> None:
         example = next(one for one in checked.invalid if one.reason == reason)
         count = sum(one.reason == reason for one in checked.invalid)
         print(f"  {count:,} refused: {reason}  (such as {' '.join(example.settings)})")
-    images = math.ceil(training.images * sweep.budget / training.batch) * training.batch
+    images = math.ceil(sweep.images(training.images) / training.batch) * training.batch
     full = images * sweep.trials
     print(f"\ncost: {images:,} images a trial (budget {sweep.budget:g}), {full:,} if none stops")
     if sweep.scheduler == "asha":

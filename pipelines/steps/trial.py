@@ -6,10 +6,9 @@ a setting that was tried before costs nothing.
 
 from dataclasses import dataclass, replace
 
-from infra import storage
 from pipelines import probes
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel
-from pipelines.dag import StepContext
+from pipelines.dag import StepContext, home_at
 from pipelines.recipe import WatchConfig
 from pipelines.training import StageConfig, on_workers, run_stage
 from pipelines.watch import WatchJob
@@ -54,7 +53,7 @@ def run(
             allow_rank_deficient=config.allow_rank_deficient,
             seed=config.noise_seed,
         ),
-        reference=storage.join(ctx.workspace, "steps", reference.step, reference.fingerprint),
+        reference=home_at(ctx.workspace, reference.step, reference.fingerprint),
         mid_sigma=config.mid_sigma,
         teacher_steps=1,  # of a diffusion model, which no trial is
         marks=config.marks(),
