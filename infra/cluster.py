@@ -7,12 +7,10 @@ more than it keeps. Import this module only when something must run; it costs a 
 import heapq
 import logging
 import os
-import secrets
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -39,8 +37,10 @@ class RayExecutor:
             quoted = shlex.quote(sys.executable)
             if quoted != sys.executable:
                 settings["runtime_env"] = {"py_executable": quoted}
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, **settings)
+            signal.signal(signal.SIGTERM, handler)  # Ray's would exit there and then
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"no Ray cluster at address {address!r} ({error}); start one, set RAY_ADDRESS, "
@@ -93,6 +93,9 @@ class RayExecutor:
         ray.shutdown()
 
 
+MOST_RESTARTS = 100  # of training workers; those that get no further end themselves before
+
+
 def train_workers(
     worker: Callable[[dict[str, Any]], Any],
     payload: dict[str, Any],
@@ -100,20 +103,19 @@ def train_workers(
     name: str,
     storage_url: str,
     workers: int,
+    min_workers: int | None,
     cpus_per_worker: int,
     gpus_per_worker: float,
-    checkpoints_kept: int,
-    max_failures: int,
     reports_to_tune: bool = False,
 ) -> Any:
     """Run `worker(payload)` on Ray Train workers; returns what rank 0 returned.
 
-    The same `storage_url` and `name` continue an interrupted run: workers then find its last
-    checkpoint through `TrainWorker.latest_checkpoint`. Inside a Tune trial `reports_to_tune` passes
-    on what rank 0 reports.
+    Checkpoints are the worker's own affair. Lost workers are started again, as often as they
+    are lost; with `min_workers`, as few as that while there is no room for all. Inside a Tune trial
+    `reports_to_tune` passes on what rank 0 tells.
     """
     import ray.train
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     os.environ.update(ray_environment.TASKS)
@@ -132,16 +134,18 @@ def train_workers(
         from ray.tune.integration.ray_train import TuneReportCallback
 
         run["callbacks"] = [TuneReportCallback()]  # type: ignore[no-untyped-call]
+    size: Any = workers if min_workers is None else (min_workers, workers)  # elastic
     trainer = TorchTrainer(
         worker,
         train_loop_config=payload,
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpus_per_worker > 0, resources_per_worker=per_worker
+            num_workers=size,
+            use_gpu=gpus_per_worker > 0,
+            resources_per_worker=per_worker,
         ),
         run_config=RunConfig(
             name=name,
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
-            checkpoint_config=CheckpointConfig(num_to_keep=checkpoints_kept),
+            failure_config=FailureConfig(max_failures=MOST_RESTARTS, controller_failure_limit=3),  # type: ignore[call-arg]
             **run,
         ),
     )
@@ -285,25 +289,8 @@ class TrainWorker:
         self.world_size: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
 
-    @contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        """A local copy of the last committed checkpoint, or None at a fresh start."""
+    def tell(self, report: Mapping[str, Any]) -> None:
+        """Pass a trial's report on. A barrier: every rank calls it."""
         from ray import train
 
-        checkpoint = train.get_checkpoint()
-        if checkpoint is None:
-            yield None
-            return
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
-        """Hand a checkpoint to Ray Train. A barrier: every rank calls it, rank 0 with a folder.
-
-        The name is unique: a directory left by a crash must never mix with a new one.
-        """
-        from ray import train
-
-        checkpoint = None if folder is None else train.Checkpoint.from_directory(str(folder))
-        name = f"images-{report['images']:012d}-{secrets.token_hex(3)}"
-        train.report(dict(report), checkpoint=checkpoint, checkpoint_dir_name=name)
+        train.report(dict(report))

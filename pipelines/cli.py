@@ -14,6 +14,7 @@ exit codes:
   0    done
   1    a stage failed, or a check of `doctor` did
   2    the command, recipe, data or workspace needs mending (one line says how)
+  3    asked to stop (SIGTERM), and everything is saved; the same command goes on where it stopped
   130  interrupted; the same command goes on where it stopped
   141  nobody reads the output any more (`cmforge plan | head`)
 """
@@ -104,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_recipe(run, optional=False)
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    waiting = "where another driver has the workspace, wait for it"
+    run.add_argument("--wait", action="store_true", help=waiting)
     add_tuning(run)
     run.add_argument(
         "--force", action="append", default=[], metavar="STEP", help="run this step again"
@@ -122,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         help="isolation (default), distillation, or a YAML file; its keys as sweep.trials=32",
     )
     tune.add_argument("--dry-run", action="store_true", help="print space and cost, and stop")
+    tune.add_argument("--wait", action="store_true", help=waiting)
     tune.add_argument("--status", action="store_true", help="print how every trial stands")
     tune.add_argument(
         "--extend", type=int, metavar="N", help="so many trials more than there have been"

@@ -2,16 +2,18 @@
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import Preempted, UserError
 from pipelines.arguments import load, source
 
 
@@ -29,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _print_plan(lines, arguments.force)
         return 0
-    code = _execute(recipe, cluster, steps, lines, arguments.force)
+    code = _execute(recipe, cluster, steps, lines, arguments.force, wait=arguments.wait)
     if code == 0:
         _print_result(steps, cluster.workspace)
     return code
@@ -62,7 +64,7 @@ def tune(arguments: argparse.Namespace) -> int:
         return 0
     lines = dag.plan([step], cluster.workspace)
     _check_sweeps(lines, [])
-    code = _execute(recipe, cluster, [step], lines, [], step)
+    code = _execute(recipe, cluster, [step], lines, [], wait=arguments.wait, sweep=step)
     if code == 0:
         tune_command.show_result(step, cluster.workspace)
     return code
@@ -74,41 +76,64 @@ def _execute(
     targets: Sequence[Any],
     lines: Sequence[Any],
     force: Sequence[str],
+    *,
+    wait: bool,
     sweep: Any = None,
 ) -> int:
     """Run what is not done; `sweep` is the step whose trials are shown as they go."""
-    from pipelines import config, dag, execution, sweep_table, tune_command
+    from pipelines import config, dag, execution, lease, sweep_table, tune_command
     from pipelines.progress import Progress
 
     view = None
     if sweep is not None:
         ledger = tune_command.ledger_at(sweep, cluster)
         view = sweep_table.SweepView(ledger, sweep.config.sweep)
-    lock = dag.lock_workspace(cluster.workspace)
     try:
-        for line in lines:
-            if line.step.name in force:
-                dag.set_aside(cluster.workspace, line.step)
-        _warn_of_drift(lines, force)
-        text = config.resolved_yaml(recipe).encode()
-        storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
-        settings = dag.Settings(cluster.workspace, _tracking_uri(cluster), recipe.name, cluster)
-        events = execution.execute(targets, settings, lambda: _ray(cluster.address))
         with (
-            _sigterm_as_interrupt(),
-            Progress(lines, cluster.workspace, view) as progress,
-            contextlib.closing(events),  # on an interrupt this cancels what runs
+            _sigterm_noted() as sigterm,
+            lease.hold(
+                cluster.workspace,
+                wait=wait,
+                waiting_for=lambda holder: print(f"waiting for {holder}", file=sys.stderr),
+                asked_to_stop=sigterm.is_set,
+            ) as held,
         ):
-            for event in events:
-                progress.show(event)
+            for line in lines:
+                if line.step.name in force:
+                    dag.set_aside(cluster.workspace, line.step)
+            _warn_of_drift(lines, force)
+            text = config.resolved_yaml(recipe).encode()
+            storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
+            settings = dag.Settings(
+                workspace=cluster.workspace,
+                tracking_uri=_tracking_uri(cluster),
+                experiment=recipe.name,
+                cluster=cluster,
+                stop=storage.join(cluster.workspace, "stops", held.token),
+            )
+
+            def asked_to_stop() -> str | None:
+                if held.lost is not None:
+                    return f"workspace {cluster.workspace} was taken over by {held.lost}"
+                return "asked to stop by SIGTERM" if sigterm.is_set() else None
+
+            events = execution.execute(
+                targets, settings, lambda: _ray(cluster.address), asked_to_stop
+            )
+            with (
+                Progress(lines, cluster.workspace, view) as progress,
+                contextlib.closing(events),  # on an interrupt this cancels what runs
+            ):
+                for event in events:
+                    progress.show(event)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    except Preempted as stopped:
+        print(f"{stopped}; the same command goes on where it stopped", file=sys.stderr)
+        return 3
     except execution.StepsFailed as failed:
         return _explain(failed)
-    finally:
-        if lock is not None:
-            lock.close()
     return 0
 
 
@@ -294,15 +319,19 @@ def _ray(address: str) -> Any:
 
 
 @contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """A polite kill (batch systems, `docker stop`) leaves as Ctrl-C does."""
+def _sigterm_noted() -> Iterator[threading.Event]:
+    """A polite kill (batch systems, `docker stop`, a node that goes away) leaves time to save what
+    there is; a second one leaves as Ctrl-C does."""
+    asked = threading.Event()
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    def note(signum: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = signal.signal(signal.SIGTERM, note)
     try:
-        yield
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -334,16 +363,20 @@ def _warn_of_drift(lines: Sequence[Any], forced: Sequence[str]) -> None:
 
 def _explain(failed: Any) -> int:
     """Say what failed, where the traceback is, and what to do; exit code 2 for a user's mistake."""
+    from pipelines import execution
+
     for name, error in failed.failures.items():
         if isinstance(error, UserError):
             print(error, file=sys.stderr)
         else:
-            message = getattr(error, "message", error)
-            log = f" (traceback: {failed.logs[name]})" if name in failed.logs else ""
-            print(f"step {name} failed: {message}{log}", file=sys.stderr)
+            node, log = "", ""
+            if isinstance(error, execution.AttemptFailed):
+                node, log = f" on {error.node}", f" (traceback: {error.log})"
+            print(f"step {name} failed{node}: {error}{log}", file=sys.stderr)
     mistakes = all(isinstance(error, UserError) for error in failed.failures.values())
     if not mistakes:
-        print("the same command runs again what is not done", file=sys.stderr)
+        again = shlex.join(["cmforge", *sys.argv[1:]])
+        print(f"what is done is kept; go on with: {again}", file=sys.stderr)
     return 2 if mistakes else 1
 
 

@@ -12,8 +12,6 @@ Readers trust COMMIT.json alone. Two attempts may race; one wins, and both wrote
 """
 
 import json
-import os
-import platform
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra import storage
-from infra.errors import UserError
-from pipelines import drift
+from pipelines import checkpoints, drift
 from pipelines.artifacts import Committed, content_of, from_json
 from pipelines.fingerprint import canonical, diff, fingerprint_of
 from pipelines.recipe import Cluster
@@ -107,6 +104,7 @@ class StepContext:
     experiment: str
     cluster: Cluster
     history: tuple[StepHistory, ...] = ()
+    stop: str | None = None  # asks training to save what it has and leave, once it exists
 
     def fetch(self, committed: Committed[Any], name: str) -> Path:
         """Local path of a file of an input, checked against the input's record."""
@@ -130,6 +128,7 @@ class Settings:
     tracking_uri: str
     experiment: str
     cluster: Cluster
+    stop: str | None = None  # as in StepContext
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _plan_one(step: Step, workspace: str, planned: Mapping[str, Planned]) -> Pla
 
 def _reason(step: Step, workspace: str, home: str) -> str:
     """Why there is no commit, in one line: interrupted, never run, or what changed."""
-    if any(name.startswith("images-") for name in storage.list_dir(f"{home}/work/train")):
+    if checkpoints.last_in(storage.join(home, "work")) is not None:
         return "interrupted: goes on from its last checkpoint"
     if any(name.startswith("COMMIT.bad-") for name in storage.list_dir(home)):
         return "an earlier result was set aside"
@@ -293,35 +292,3 @@ def _quarantine(home: str) -> None:
     aside = storage.join(home, f"COMMIT.bad-{time.time_ns()}.json")
     storage.write_bytes(aside, storage.read_bytes(commit))
     storage.remove_tree(commit)
-
-
-def lock_workspace(workspace: str) -> Any:
-    """Keep a second driver out of a local workspace while the returned file is open.
-
-    Only a courtesy (commits decide, not locks): the kernel drops it when this process dies.
-    Raises UserError naming the holder.
-    """
-    if not storage.is_local(workspace):
-        return None
-    import fcntl
-
-    path = Path(storage.absolute(workspace)) / ".lock"
-    with storage.mendable(workspace):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 (held open for the life of the run)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise UserError(
-                f"workspace {workspace} is in use by {holder}; wait for it, or choose another "
-                f"--workspace"
-            ) from None
-        except OSError:  # a file system without locks
-            return file
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {platform.node()}")
-        file.flush()
-    return file

@@ -3,20 +3,22 @@
 The driver's half is `execute`, the worker's half `run_attempt`. Records and reuse are in `dag`.
 """
 
+import contextlib
 import json
 import platform
+import random
 import secrets
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from infra import storage
-from infra.errors import TrainingFailed, UserError, WorkerLost
+from infra.errors import Preempted, TrainingFailed, Unreachable, UserError, WorkerLost
 from infra.resources import Resources
 from pipelines import drift
 from pipelines.artifacts import Committed, content_of, to_json
@@ -37,6 +39,8 @@ from pipelines.dag import (
 )
 from pipelines.fingerprint import canonical, fingerprint_of
 from pipelines.recipe import Cluster
+
+FIRST_PAUSE_SECONDS = 2.0  # before a step is tried again
 
 
 class Executor(Protocol):
@@ -65,7 +69,8 @@ class Executor(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a step: "cached", "started", "retry", "done", "failed", "skipped"."""
+    """What happened to a step: "cached", "started", "retry", "done", "failed", "skipped",
+    "stopped"."""
 
     step: str
     kind: str
@@ -76,30 +81,35 @@ class Event:
 class StepsFailed(Exception):
     """Some steps failed; everything that did not depend on them has finished."""
 
-    def __init__(self, failures: Mapping[str, BaseException], logs: Mapping[str, str]) -> None:
+    def __init__(self, failures: Mapping[str, BaseException]) -> None:
         super().__init__(", ".join(failures))
-        self.failures, self.logs = dict(failures), dict(logs)
+        self.failures = dict(failures)
 
 
 class AttemptFailed(Exception):
-    """A step raised: its exception as text, with the file that holds the traceback."""
+    """A step raised: its exception as text, the file that holds the traceback, and the node."""
 
-    def __init__(self, message: str, log: str) -> None:
-        super().__init__(message, log)
-        self.message, self.log = message, log
+    def __init__(self, message: str, log: str, node: str) -> None:
+        super().__init__(message, log, node)
+        self.message, self.log, self.node = message, log, node
 
     def __str__(self) -> str:
         return self.message
 
 
 def execute(
-    targets: Sequence[Step], settings: Settings, make_executor: Callable[[], Executor]
+    targets: Sequence[Step],
+    settings: Settings,
+    make_executor: Callable[[], Executor],
+    asked_to_stop: Callable[[], str | None] = lambda: None,
 ) -> Generator[Event | None, None, None]:
     """Run what is not committed, side by side where inputs and CPUs allow.
 
     Yields events as they happen, and None about twice a second in between. The executor is made
     only when something must run. Closing the iterator (or an exception thrown into it) cancels
-    what runs. Raises StepsFailed at the end when a step failed; independent branches finish first.
+    what runs. Once `asked_to_stop` gives a reason, nothing new starts, training saves what it has,
+    the rest is cancelled, and Preempted is raised. Raises StepsFailed at the end when a step
+    failed; independent branches finish first.
     """
     lines = plan(targets, settings.workspace)
     done = {line.step.name: line.committed for line in lines if line.committed is not None}
@@ -119,15 +129,23 @@ def execute(
 
     executor = make_executor()
     running: dict[Any, tuple[Step, int]] = {}
+    again: list[tuple[float, Step, int]] = []  # when, what and which retry
+    stopping: _Stopping | None = None
     failures: dict[str, BaseException] = {}
-    logs: dict[str, str] = {}
     try:
         _refuse_what_never_fits(waiting, executor, settings.cluster)
-        while waiting or running:
-            for step in list(waiting):
+        while waiting or running or again:
+            if stopping is None and (reason := asked_to_stop()) is not None:
+                stopping = _Stopping.begin(reason, settings)
+            if stopping is not None and stopping.over(step for step, _ in running.values()):
+                raise Preempted(stopping.reason)
+            for one in [one for one in again if one[0] <= time.monotonic() and not stopping]:
+                again.remove(one)
+                running[_submit(one[1], executor, settings, done, history)] = one[1:]
+            for step in [] if stopping else list(waiting):
                 if any(needed.name in failures for needed in step.inputs.values()):
                     waiting.remove(step)
-                    failures.setdefault(step.name, StepsFailed({}, {}))
+                    failures.setdefault(step.name, StepsFailed({}))
                     yield Event(step.name, "skipped", "an input failed")
                 elif all(name in done for name in _ancestors(step)) and _fits(
                     step, running, executor, settings.cluster
@@ -137,22 +155,24 @@ def execute(
                     running[handle] = (step, 0)
                     yield Event(step.name, "started")
             finished = executor.wait(list(running), timeout=0.5) if running else []
+            if not running:
+                time.sleep(0.1 if waiting or again else 0)
             for handle in finished:
                 step, retries = running.pop(handle)
                 try:
                     record = executor.result(handle)
-                except WorkerLost as error:
+                except Preempted as error:
+                    yield Event(step.name, "stopped", str(error))
+                except (WorkerLost, Unreachable) as error:
                     if retries < settings.cluster.retries:
-                        again = _submit(step, executor, settings, done, history)
-                        running[again] = (step, retries + 1)
+                        pause = _pause(retries)
+                        again.append((time.monotonic() + pause, step, retries + 1))
                         yield Event(step.name, "retry", str(error))
                         continue
                     failures[step.name] = error
                     yield Event(step.name, "failed", str(error))
                 except Exception as error:  # its own affair: other branches go on
                     failures[step.name] = error
-                    if isinstance(error, AttemptFailed):
-                        logs[step.name] = error.log
                     yield Event(step.name, "failed", str(error))
                 else:
                     home = home_of(settings.workspace, step)
@@ -174,9 +194,37 @@ def execute(
         raise
     finally:
         executor.close()
+        if stopping is not None and settings.stop is not None:
+            with contextlib.suppress(UserError):
+                storage.remove_tree(settings.stop)
     real = {name: e for name, e in failures.items() if not isinstance(e, StepsFailed)}
     if real:
-        raise StepsFailed(real, logs)
+        raise StepsFailed(real)
+
+
+@dataclass(frozen=True)
+class _Stopping:
+    """A run that was asked to stop: training is given time to save what it has."""
+
+    reason: str
+    until: float
+
+    @classmethod
+    def begin(cls, reason: str, settings: Settings) -> "_Stopping":
+        if settings.stop is not None:
+            with contextlib.suppress(UserError):  # an older checkpoint serves then
+                storage.write_bytes(settings.stop, reason.encode())
+        return cls(reason, time.monotonic() + settings.cluster.grace_seconds)
+
+    def over(self, running: Iterable[Step]) -> bool:
+        """Whether nobody is left who has anything to save, or the time is over."""
+        saving = any(step.gang in ("workers", "trials") for step in running)
+        return not saving or time.monotonic() >= self.until
+
+
+def _pause(retries: int) -> float:
+    """Seconds before the next try: doubling, and never the same for two drivers."""
+    return float(FIRST_PAUSE_SECONDS * 2**retries * random.uniform(0.5, 1.0))
 
 
 def _ancestors(step: Step) -> set[str]:
@@ -210,7 +258,7 @@ def _gang(step: Step, cluster: Cluster) -> Resources:
     """What the step's actors hold at least: training starts with all of them, a sweep with one
     trial, evaluation with one."""
     if step.gang in ("workers", "trials"):
-        workers = cluster.workers
+        workers = cluster.min_workers or cluster.workers
         return Resources(workers * cluster.cpus_per_worker, workers * cluster.gpus_per_worker)
     if step.gang == "evaluators":
         return Resources(cluster.cpus_per_evaluator, cluster.gpus_per_evaluator)
@@ -233,7 +281,7 @@ def _refuse_what_never_fits(steps: Sequence[Step], executor: Executor, cluster: 
     if cluster.address != "local":
         return
     capacity = executor.capacity()
-    for gang, count in (("workers", cluster.workers), ("evaluators", 1)):
+    for gang, count in (("workers", cluster.min_workers or cluster.workers), ("evaluators", 1)):
         asking = ("workers", "trials") if gang == "workers" else (gang,)
         step = next((step for step in steps if step.gang in asking), None)
         if step is None:
@@ -286,8 +334,8 @@ def produce(
 ) -> dict[str, Any]:
     """Run, publish, commit; returns the record.
 
-    Raises UserError and TrainingFailed as they are, and AttemptFailed (with the traceback in a
-    file) for all else.
+    Raises UserError, TrainingFailed and Preempted as they are, and AttemptFailed (with the
+    traceback in a file) for all else.
     """
     name = fingerprint_of(identity)[:16]
     home = home_at(settings.workspace, identity.step, name)
@@ -309,6 +357,7 @@ def produce(
             experiment=settings.experiment,
             cluster=settings.cluster,
             history=history,
+            stop=settings.stop,
         )
         value = run(context, identity.config, **inputs)
         assert isinstance(value, returns), f"{identity.step} returned {type(value).__name__}"
@@ -333,7 +382,7 @@ def produce(
         storage.put_if_absent(storage.join(home, "COMMIT.json"), data)
         storage.remove_tree(storage.join(home, "work"))  # checkpoints have served
         return read_record(home)  # another attempt may have been first; its result is the result
-    except (UserError, TrainingFailed):
+    except (UserError, TrainingFailed, Preempted):
         raise
     except Exception as error:
         if isinstance(error, OSError):  # a full disk, a missing permission
@@ -342,8 +391,9 @@ def produce(
                 raise known from error
         log = storage.join(home, "failures", f"{attempt}.txt")
         storage.write_bytes(log, traceback.format_exc().encode())
-        message = f"{type(error).__name__}: {error}".splitlines()[0]  # the rest is in the log
-        raise AttemptFailed(message, log) from None
+        said = f"{type(error).__name__}: {error}".splitlines()[0]  # the rest is in the log
+        notes = getattr(error, "__notes__", [])  # a training worker's rank and node
+        raise AttemptFailed(" ".join([said, *notes]), log, platform.node()) from None
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -24,6 +24,7 @@ _MARKS = {
     "done": "✓",
     "failed": "✗",
     "skipped": "–",
+    "stopped": "·",
 }
 
 

@@ -311,6 +311,7 @@ class Cluster:
 
     address: str = "local"  # "local", "auto" or host:port of a running Ray
     workers: int = 1  # Ray Train workers per training stage, and per trial of a sweep
+    min_workers: int | None = None  # a stage goes on with so few while nodes are away; None: never
     trials: int = 2  # of a sweep, side by side; fewer where there is no room
     cpus_per_worker: int = 1
     gpus_per_worker: float = 0.0
@@ -322,11 +323,16 @@ class Cluster:
     micro_batch: int | None = None  # images of a worker's forward pass; None: its whole share
     checkpoint_every_seconds: float = 30.0
     checkpoints_kept: int = 2
-    max_failures: int = 2  # of training workers, per stage
-    retries: int = 1  # of a step whose process or node died
+    max_failures: int = 2  # of training workers, in a row without a checkpoint in between
+    retries: int = 2  # of a step whose process or node died, or whose store did not answer
+    grace_seconds: float = 20.0  # after SIGTERM, for stages to save what they have
 
     def __post_init__(self) -> None:
         require(self.workers >= 1, f"workers: {self.workers} must be >= 1")
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.workers,
+            f"min_workers: {self.min_workers} must be in 1..workers ({self.workers})",
+        )
         require(self.cpus_per_worker >= 1, f"cpus_per_worker: {self.cpus_per_worker} must be >= 1")
         require(self.gpus_per_worker >= 0, f"gpus_per_worker: {self.gpus_per_worker} must be >= 0")
         require(self.trials >= 1, f"trials: {self.trials} must be >= 1")
@@ -351,4 +357,5 @@ class Cluster:
             self.checkpoints_kept >= 1, f"checkpoints_kept: {self.checkpoints_kept} must be >= 1"
         )
         require(self.max_failures >= 0, f"max_failures: {self.max_failures} must be >= 0")
+        require(self.grace_seconds >= 0, f"grace_seconds: {self.grace_seconds} must be >= 0")
         require(self.retries >= 0, f"retries: {self.retries} must be >= 0")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infra import storage
-from infra.errors import UserError
+from infra.errors import Preempted, UserError
 from pipelines import probes, search, tuned
 from pipelines.artifacts import Committed
 from pipelines.config import RecipeSource
@@ -68,13 +68,14 @@ class Sweep:
         self.trials = {trial.number: trial for trial in self.ledger.trials()}
         self.waiting = [n for n in self.trials if n < self.sweep.trials]
         self.mistake: str | None = None
+        self.preempted = False
         self.exhausted = False
         self.runs = SweepRuns(ctx, config.sweep, config.key(inputs))
         self.spent, self.started = self.ledger.seconds(), time.monotonic()
         self._cut: dict[int, tuple[tuple[int, ...], int]] = {}  # marks and batch of a trial
 
     def run(self) -> None:
-        """Run every trial that is not over. Raises UserError for a user's mistake."""
+        """Run every trial that is not over. Raises UserError for a mistake, and Preempted."""
         from infra import tuning
 
         cluster, sweep = self.ctx.cluster, self.sweep
@@ -105,6 +106,8 @@ class Sweep:
             self._spend()
         if self.mistake is not None:
             raise UserError(self.mistake)
+        if self.preempted:
+            raise Preempted(f"{self.ctx.step} stopped; its trials are saved")
         in_time = sweep.minutes is None or self._seconds() < 60 * sweep.minutes
         open_trials = [t.number for t in self.all() if t.state == RUNNING]
         all_begun = self.exhausted or len(self.all()) == sweep.trials
@@ -113,7 +116,7 @@ class Sweep:
             raise RuntimeError(f"the sweep was interrupted at trials {open_trials}; run it again")
 
     def next(self) -> tuple[int, dict[str, Any]] | None:
-        if self.mistake is not None:
+        if self.mistake is not None or self.preempted:
             return None
         number = self.waiting.pop(0) if self.waiting else self._begin()
         if number is None:
@@ -124,6 +127,9 @@ class Sweep:
     def heard(self, number: int, result: Mapping[str, Any], stopped: bool) -> None:
         if "mistake" in result:
             self.mistake = result["mistake"]
+        if "preempted" in result:
+            self.preempted = True
+            return
         trial = self.trials[number]
         if "failed" in result:
             trial = replace(trial, state=FAILED, reason=result["failed"])
@@ -229,7 +235,9 @@ class Sweep:
         return TrialJob(
             config=config,
             inputs=inputs,
-            settings=Settings(ctx.workspace, ctx.tracking_uri, ctx.experiment, ctx.cluster),
+            settings=Settings(
+                ctx.workspace, ctx.tracking_uri, ctx.experiment, ctx.cluster, ctx.stop
+            ),
             over=False,
             retries=ctx.cluster.max_failures,
         )

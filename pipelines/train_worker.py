@@ -3,48 +3,43 @@
 import contextlib
 import hashlib
 import json
+import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from consistency.config import PowerEMA
 from consistency.method_config import ConsistencyConfig, StageTraining
 from infra import storage, tracking
 from infra.errors import UserError
-from pipelines import probes
+from pipelines import checkpoints, probes, ranks, restarts
+from pipelines.cadence import Clock, Due, Notice
+from pipelines.checkpoints import Checkpoints
+from pipelines.ranks import Worker
 from pipelines.training import StageJob
 from pipelines.watch import LOG, Diverged, Watch, write_best
 
-if TYPE_CHECKING:
-    import torch
-
-LOG_EVERY_SECONDS = 2.0
 CHECK_EVERY = 50  # steps; a look at the loss waits for the GPU
-
-
-class Worker(Protocol):
-    """Who trains: its place among the workers, and where its checkpoints go."""
-
-    rank: int
-    world_size: int
-    device: "torch.device"
-
-    def latest_checkpoint(self) -> contextlib.AbstractContextManager[Path | None]: ...
-
-    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
-        """Keep a checkpoint; a trial's report goes with it. All ranks call it, rank 0 alone with a
-        folder."""
-        ...
 
 
 def worker(payload: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train runs on each rank."""
     from infra.cluster import TrainWorker
 
-    return run(payload["job"], TrainWorker())
+    me = TrainWorker()
+    job: StageJob = payload["job"]
+    try:
+        return run(job, me)
+    except Exception as error:  # perhaps only because another rank is gone
+        place = f"(rank {me.rank} of {me.world_size} on {platform.node()})"
+        error.add_note(place)
+        with contextlib.suppress(OSError, UserError, ValueError):
+            mistake = isinstance(error, UserError)
+            said = str(error) if mistake else f"{type(error).__name__}: {error} {place}"
+            restarts.because(job.work, said.splitlines()[0], mistake=mistake)
+        raise
 
 
 def run(job: StageJob, me: Worker) -> dict[str, Any]:
@@ -74,29 +69,35 @@ def _train(job: StageJob, me: Worker) -> dict[str, Any]:
     from consistency.loop import Workers, train
     from consistency.state import CheckpointError
 
+    lives = restarts.begin(job.work, checkpoints.last_in(job.work)) if me.rank == 0 else None
+    lives = ranks.said_by_first(lives, me)
+    assert lives is not None
+    if (verdict := lives.verdict(job.max_failures)) is not None:
+        return {"failed": verdict, "user": lives.mistake}
     torch.set_num_threads(job.cpus_per_worker)
     running = _Running(job, me)
-    with me.latest_checkpoint() as folder:
-        if folder is not None:
-            try:
-                running.restore(folder)
-            except CheckpointError as error:
-                raise UserError(
-                    f"{error}; delete {storage.join(job.work, 'train')} to train from the start"
-                ) from error
+    try:
+        running.restore(me)
+    except CheckpointError as error:
+        raise UserError(
+            f"{error}; delete {storage.join(job.work, checkpoints.FOLDER)} to train from the start"
+        ) from error
     stage, state, curve = running.stage, running.stage.state, running.curve
     if running.watch is not None:
         running.watch.seen = state.images
     marks = snapshot_steps(job.config)
 
-    with tracking.MetricWriter(
-        job.tracking_uri,
-        job.open_run,
-        after=state.images,
-        enabled=me.rank == 0 and job.objective is None,
-    ) as metrics:
+    with (
+        tracking.MetricWriter(
+            job.tracking_uri,
+            job.open_run,
+            after=state.images,
+            enabled=me.rank == 0 and job.objective is None,
+        ) as metrics,
+        Notice(job.stop if me.rank == 0 else None) as notice,
+    ):
         before = curve[-1]["seconds"] if curve else 0.0
-        clock = _Clock(job.checkpoint_every_seconds, state.images, before)
+        clock = Clock(job.checkpoint_every_seconds, state.images, before)
         steps = train(
             state,
             stage.objective,
@@ -134,9 +135,21 @@ def _train(job: StageJob, me: Worker) -> dict[str, Any]:
                 if lines and job.objective is not None and not last:
                     running.tell(me)
                     clock.checkpointed()
-            if log.checked and not last and clock.checkpoint_due(me.rank, me.world_size, me.device):
-                running.publish_checkpoint(me)
-                clock.checkpointed()
+            if log.checked and not last:
+                due = Due.NOTHING
+                if notice.given:
+                    due = Due.STOP
+                elif clock.checkpoint_due() and not running.checkpoints.busy:
+                    due = Due.SAVE
+                match Due(ranks.said_by_first(int(due), me)):
+                    case Due.STOP:
+                        running.save(me)
+                        running.checkpoints.wait()
+                        return {"stopped": state.images}
+                    case Due.SAVE:
+                        running.save(me)
+                        clock.checkpointed()
+        running.checkpoints.wait()
         if me.rank == 0:
             return running.finish(clock.train_seconds)
     return {}
@@ -159,6 +172,7 @@ class _Running:
         from pipelines import shard_data
 
         self.job = job
+        self.checkpoints = Checkpoints(job.work, job.checkpoints_kept)
         self.about = ModelDescription.from_json(job.description)
         images = shard_data.load(job.shards_url, job.manifest_sha256)
         labels = images.labels if self.about.num_classes > 0 else None
@@ -210,17 +224,23 @@ class _Running:
             except ValueError as error:
                 raise UserError(f"{self.job.step}.lpips: {error}") from error
 
-    def restore(self, folder: Path) -> None:
-        self.stage.state.restore(folder)
-        lines = (folder / "curve.jsonl").read_text().splitlines()
-        self.curve.extend(json.loads(line) for line in lines)
-        if self.watch is not None and (folder / LOG).exists():
-            self.watch.restore((folder / LOG).read_text())
+    def restore(self, me: Worker) -> None:
+        """The state of the newest whole checkpoint, of which rank 0 says which it is."""
+        with contextlib.ExitStack() as stack:
+            newest = stack.enter_context(self.checkpoints.newest()) if me.rank == 0 else None
+            name = ranks.said_by_first(newest[0] if newest is not None else None, me)
+            if name is None:
+                return
+            folder = newest[1] if newest else stack.enter_context(self.checkpoints.local(name))
+            self.stage.state.restore(folder)
+            lines = (folder / "curve.jsonl").read_text().splitlines()
+            self.curve.extend(json.loads(line) for line in lines)
+            if self.watch is not None and (folder / LOG).exists():
+                self.watch.restore((folder / LOG).read_text())
 
-    def publish_checkpoint(self, me: Worker, report: Mapping[str, Any] | None = None) -> None:
-        report = {"images": self.stage.state.images, **(report or {})}
+    def save(self, me: Worker) -> None:
+        """A checkpoint of this moment, written to this machine's disk and sent from there."""
         if me.rank != 0:
-            me.publish(None, report)
             return
         folder = Path(tempfile.mkdtemp(prefix="cmforge-"))
         try:
@@ -228,21 +248,25 @@ class _Running:
             (folder / "curve.jsonl").write_text(self._curve_text())
             if self.watch is not None:
                 (folder / LOG).write_text(self.watch.text())
-            me.publish(folder, report)
-        finally:
+            self.checkpoints.save(folder, self.stage.state.images)
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def tell(self, me: Worker) -> None:
-        """A trial's probes so far: written down, then told with a checkpoint of this moment."""
+        """A trial's probes so far: kept with a checkpoint of this moment, then told."""
         job, watch = self.job, self.watch
         assert watch is not None
         assert watch.job.marks is not None
         assert job.objective is not None
         if me.rank == 0:
             storage.write_bytes(storage.join(job.work, LOG), watch.text().encode())
-        self.publish_checkpoint(me, probes.report(watch.history, watch.job.marks, job.objective))
+        self.save(me)
+        self.checkpoints.wait()
+        report = {"images": self.stage.state.images}
+        me.tell({**report, **probes.report(watch.history, watch.job.marks, job.objective)})
 
-    def look(self, clock: "_Clock") -> list[dict[str, Any]]:
+    def look(self, clock: "Clock") -> list[dict[str, Any]]:
         """Probe when it is due, affordable to rank 0 and ready on all; keep the best weights."""
         watch, state = self.watch, self.stage.state
         assert watch is not None
@@ -250,7 +274,7 @@ class _Running:
             return []
         trained = state.images - clock.first_images
         within = watch.rank != 0 or watch.affordable(clock.own_seconds, trained)
-        if not unanimous(watch.ready() and within, watch.world_size, watch.device):
+        if not ranks.unanimous(watch.ready() and within, watch.world_size, watch.device):
             return []
         before = watch.best()
         lines = watch.probe(state, state.images, clock.train_seconds)
@@ -320,77 +344,6 @@ class _Running:
 
     def _curve_text(self) -> str:
         return "".join(json.dumps(point) + "\n" for point in self.curve)
-
-
-class _Clock:
-    """When to log and to checkpoint. Wall time decides, so no result may depend on it."""
-
-    def __init__(self, checkpoint_every_seconds: float, images: int, before: float) -> None:
-        now = time.monotonic()
-        self.every = checkpoint_every_seconds
-        self.before = before  # seconds of earlier attempts
-        self.started = self.last_log = self.last_checkpoint = now
-        self.first_images = self.last_images = images
-        self.losses: list[Any] = []
-
-    def log_due(self, last: bool) -> bool:
-        return last or time.monotonic() - self.last_log >= LOG_EVERY_SECONDS
-
-    def point(self, log: Any) -> dict[str, float]:
-        """One line of the curve: means since the last one (of rank 0's share)."""
-        import torch
-
-        now = time.monotonic()
-        rate = (log.images - self.last_images) / max(now - self.last_log, 1e-9)
-        loss = torch.stack(self.losses).mean().item()
-        self.last_log, self.last_images, self.losses = now, log.images, []
-        return {
-            "images": log.images,
-            "loss": loss,
-            "images_per_second": round(rate, 2),
-            "gradient_norm": log.gradient_norm.item(),
-            "lr": log.lr,
-            "seconds": round(self.train_seconds, 3),
-            **log.metrics,
-        }
-
-    def checkpoint_due(self, rank: int, world_size: int, device: Any) -> bool:
-        """Decided by rank 0's clock, since publishing is a barrier for all."""
-        due = rank != 0 or time.monotonic() - self.last_checkpoint >= self.every
-        return unanimous(due, world_size, device)
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time that is not training: rates and training seconds leave it out."""
-        begun = time.monotonic()
-        yield
-        lost = time.monotonic() - begun
-        self.started += lost
-        self.last_log += lost
-
-    def checkpointed(self) -> None:
-        self.last_checkpoint = time.monotonic()
-
-    @property
-    def train_seconds(self) -> float:
-        return self.before + self.own_seconds
-
-    @property
-    def own_seconds(self) -> float:
-        """Of this attempt."""
-        return time.monotonic() - self.started
-
-
-def unanimous(mine: bool, world_size: int, device: Any) -> bool:
-    """Whether every rank says yes; the same on all of them."""
-    if world_size == 1:
-        return mine
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.tensor([float(mine)], device=device)
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag.item())
 
 
 def _progress(job: StageJob, point: dict[str, float]) -> None:

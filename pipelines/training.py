@@ -12,7 +12,8 @@ from typing import Any
 from consistency.config import NetworkConfig, NoiseConfig, check_network
 from consistency.method_config import ConsistencyConfig, StageTraining
 from infra import storage, tracking
-from infra.errors import TrainingFailed, UserError
+from infra.errors import Preempted, TrainingFailed, UserError
+from pipelines import restarts
 from pipelines.artifacts import Committed, ShardSet, TrainedModel, from_json
 from pipelines.dag import StepContext
 from pipelines.recipe import Recipe
@@ -69,6 +70,9 @@ class StageJob:
     work: str
     lpips_sha256: str | None
     checkpoint_every_seconds: float
+    checkpoints_kept: int
+    max_failures: int
+    stop: str | None  # where this file is, the workers save what they have and leave
     cpus_per_worker: int
     micro_batch: int | None
     tracking_uri: str
@@ -109,7 +113,8 @@ def run_stage(
 
     `teacher` is what the stage starts from or asks: of the truncated stage, its first one. Writes
     the files that `TrainedModel` names to `ctx.out`. `launch` is how the workers come about
-    (default: `on_workers`). Raises UserError, and TrainingFailed for a loss that is not finite.
+    (default: `on_workers`). Raises UserError; TrainingFailed for a loss that is not finite, and for
+    workers that get no further; Preempted where it was asked to stop.
     """
     from consistency.stage import describe
 
@@ -143,6 +148,9 @@ def run_stage(
         work=ctx.work,
         lpips_sha256=config.lpips_sha256,
         checkpoint_every_seconds=ctx.cluster.checkpoint_every_seconds,
+        checkpoints_kept=ctx.cluster.checkpoints_kept,
+        max_failures=ctx.cluster.max_failures,
+        stop=ctx.stop,
         cpus_per_worker=ctx.cluster.cpus_per_worker,
         micro_batch=ctx.cluster.micro_batch,
         tracking_uri=ctx.tracking_uri,
@@ -152,9 +160,12 @@ def run_stage(
         watch=config.watch,
         objective=objective,
     )
+    restarts.forget(ctx.work)
     result = (launch or on_workers)(ctx, job)
     if "failed" in result:
         raise (UserError if result["user"] else TrainingFailed)(result["failed"])
+    if "stopped" in result:
+        raise Preempted(f"{ctx.step} stopped at {result['stopped']:,} images, all of them saved")
     model: TrainedModel = from_json(TrainedModel, result)
     for name in files_of(model):
         (ctx.out / name).parent.mkdir(exist_ok=True)
@@ -173,10 +184,9 @@ def on_workers(ctx: StepContext, job: StageJob) -> dict[str, Any]:
         name="train",
         storage_url=ctx.work,
         workers=ctx.cluster.workers,
+        min_workers=ctx.cluster.min_workers,
         cpus_per_worker=ctx.cluster.cpus_per_worker,
         gpus_per_worker=ctx.cluster.gpus_per_worker,
-        checkpoints_kept=ctx.cluster.checkpoints_kept,
-        max_failures=ctx.cluster.max_failures,
         reports_to_tune=job.objective is not None,
     )
     return result

@@ -1,16 +1,12 @@
 """What runs in a trial's process: an attempt at the step `trial` that tells how it goes."""
 
-import contextlib
 import json
-import secrets
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra import storage
-from infra.errors import TrainingFailed, UserError
+from infra.errors import Preempted, TrainingFailed, UserError
 from pipelines import probes
 from pipelines.artifacts import Committed, TrainedModel
 from pipelines.dag import Identity, Input, Settings, StepContext, home_at, read_record
@@ -58,7 +54,8 @@ def run(job: TrialJob, report: Callable[[Mapping[str, Any]], None]) -> None:
     """Train to the end, or until `report` does not return; goes on from what is there.
 
     What is known already is reported again, marked `repeated`. The end is reported once the model
-    is committed. A failure is reported as `failed`, a user's mistake as `mistake`.
+    is committed. A failure is reported as `failed`, a user's mistake as `mistake`, and that it was
+    asked to stop and did as `preempted`.
     """
     places, objective = job.config.marks(), job.config.steps
     known = _known(job)
@@ -74,6 +71,9 @@ def run(job: TrialJob, report: Callable[[Mapping[str, Any]], None]) -> None:
             produce(job.identity, step.run, TrainedModel, job.settings, job.inputs)
         except UserError as error:
             report({"mistake": str(error)})
+            return
+        except Preempted:
+            report({"preempted": True})
             return
         except TrainingFailed as error:  # it would only fail again
             report({"failed": str(error)})
@@ -105,48 +105,20 @@ def in_this_process(ctx: StepContext, job: StageJob) -> dict[str, Any]:
     of Ray Train take seconds to start."""
     from pipelines.train_worker import run as train
 
-    return train(job, _Here(ctx.work))
+    return train(job, _Here())
 
 
 class _Here:
-    """The only worker of a trial. Its last checkpoint is the folder that `latest.json` names."""
+    """The only worker of a trial."""
 
     rank, world_size = 0, 1
 
-    def __init__(self, work: str) -> None:
+    def __init__(self) -> None:
         import torch
 
         self.device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._work = work
-        self._latest = storage.join(work, "latest.json")
 
-    @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        name = self._name()
-        if name is None:
-            yield None
-            return
-        url = storage.join(self._work, name)
-        with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
-            for file, _ in storage.list_files(url):
-                (Path(folder) / file).write_bytes(storage.read_bytes(storage.join(url, file)))
-            yield Path(folder)
-
-    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
-        """The checkpoint first, then what it is a checkpoint of is told."""
+    def tell(self, report: Mapping[str, Any]) -> None:
         from infra import tuning
 
-        assert folder is not None
-        before = self._name()
-        name = f"checkpoint-{report['images']:012d}-{secrets.token_hex(3)}"
-        storage.upload_dir(str(folder), storage.join(self._work, name))
-        storage.write_bytes(self._latest, json.dumps({"name": name}).encode())
-        if before is not None:
-            storage.remove_tree(storage.join(self._work, before))
-        if "distance" in report:
-            tuning.report(report)
-
-    def _name(self) -> str | None:
-        if not storage.exists(self._latest):
-            return None
-        return str(json.loads(storage.read_bytes(self._latest))["name"])
+        tuning.report(report)

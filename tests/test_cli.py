@@ -6,6 +6,7 @@ Runs go through the real commands with a graph of instant steps and an executor 
 import contextlib
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from consistency.config import NetworkConfig, NoiseConfig
 from consistency.evaluation.protocol import FeatureProtocol, Protocol
 from infra.errors import UserError, WorkerLost
 from infra.resources import Resources
-from pipelines import arguments, cli, commands, config, dag, execution, graph, progress
+from pipelines import arguments, cli, commands, config, dag, execution, graph, lease, progress
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -396,7 +397,7 @@ def seen_settings(monkeypatch, *argv: str) -> dag.Settings:
     """The settings with which a run would begin."""
     seen = []
 
-    def execute(steps: Any, settings: dag.Settings, make: Any) -> Any:
+    def execute(steps: Any, settings: dag.Settings, *_: Any) -> Any:
         seen.append(settings)
         raise UserError("stop here")
         yield
@@ -585,12 +586,14 @@ def test_drift_is_said_once_at_a_run(addresses, capsys, monkeypatch):
 # --- how it ends ---------------------------------------------------------------------------------
 
 
-def test_a_stage_that_fails_exits_1_and_names_the_traceback(addresses, capsys):
+def test_a_stage_that_fails_exits_1_and_names_the_traceback(addresses, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cmforge", "run", "quickstart"])
     FAILING["reference"] = RuntimeError("no\nluck")
     assert command("run", "quickstart") == 1
     err = capsys.readouterr().err
-    assert err.startswith("step reference failed: RuntimeError: no (traceback: ")
-    assert err.endswith("the same command runs again what is not done\n")
+    node = platform.node()
+    assert err.startswith(f"step reference failed on {node}: RuntimeError: no (traceback: ")
+    assert err.endswith("what is done is kept; go on with: cmforge run quickstart\n")
     log = Path(err.split("(traceback: ")[1].split(")")[0])
     assert "luck" in log.read_text()
     FAILING.clear()
@@ -611,7 +614,7 @@ def test_a_mistake_and_a_failure_together_exit_1(addresses, capsys):
     assert command("run", "quickstart") == 1
     err = capsys.readouterr().err
     assert "mend this\n" in err
-    assert "step teacher failed: RuntimeError: boom" in err
+    assert f"step teacher failed on {platform.node()}: RuntimeError: boom" in err
 
 
 def test_a_lost_worker_exits_1(addresses, capsys, monkeypatch):
@@ -620,6 +623,7 @@ def test_a_lost_worker_exits_1(addresses, capsys, monkeypatch):
             raise WorkerLost("node died")
 
     monkeypatch.setattr(commands, "_ray", lambda address: Losing())
+    monkeypatch.setattr(execution, "FIRST_PAUSE_SECONDS", 0)
     assert command("run", "quickstart") == 1
     captured = capsys.readouterr()
     assert "step shard failed: node died\n" in captured.err
@@ -634,10 +638,12 @@ def interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_exits_130(
-    addresses, capsys, monkeypatch, number, interrupts
-):
+def signalled(
+    number: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str]:
+    """Exit code and words of a run that gets a signal while its first step is at work; the
+    workspace is free again after it."""
+
     class Interrupted(InProcess):
         def wait(self, handles: Sequence[int], timeout: float) -> list[int]:
             os.kill(os.getpid(), number)
@@ -650,18 +656,34 @@ def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_exits_130(
     executor = Interrupted()
     monkeypatch.setattr(commands, "_ray", lambda address: executor)
     before = signal.getsignal(signal.SIGTERM)
-    assert command("run", "quickstart") == 130
-    err = capsys.readouterr().err
-    assert err == "\ninterrupted; the same command goes on where it stopped\n"
+    code, err = command("run", "quickstart"), capsys.readouterr().err
     assert cancelled == [0]
     assert executor.closed
     assert signal.getsignal(signal.SIGTERM) is before
     monkeypatch.setattr(commands, "_ray", lambda address: InProcess())
-    assert command("run", "quickstart") == 0  # and the workspace is free again
+    assert command("run", "quickstart") == 0
+    return code, err
+
+
+def test_an_interrupt_stops_cleanly_says_how_to_go_on_and_exits_130(
+    addresses, capsys, monkeypatch, interrupts
+):
+    code, err = signalled(signal.SIGINT, capsys, monkeypatch)
+    assert code == 130
+    assert err == "\ninterrupted; the same command goes on where it stopped\n"
+
+
+def test_a_polite_kill_leaves_when_all_is_saved_and_exits_3(
+    addresses, capsys, monkeypatch, interrupts
+):
+    code, err = signalled(signal.SIGTERM, capsys, monkeypatch)
+    assert code == 3
+    assert err == "asked to stop by SIGTERM; the same command goes on where it stopped\n"
+    assert list(Path("cmforge-workspace", "stops").iterdir()) == []
 
 
 def test_a_second_run_in_the_same_workspace_is_refused(addresses, capsys):
-    with dag.lock_workspace("cmforge-workspace"):
+    with lease.hold("cmforge-workspace"):
         assert command("run", "quickstart") == 2
     assert f"is in use by pid {os.getpid()} on " in one_line(capsys)
 

@@ -4,7 +4,6 @@ The executor runs steps in this process; what Ray adds is tested in test_end_to_
 """
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from infra import storage
-from infra.errors import UserError, WorkerLost
+from infra.errors import Preempted, Unreachable, UserError, WorkerLost
 from infra.resources import Resources
 from pipelines import dag, execution
 from pipelines.artifacts import Committed
@@ -507,11 +506,11 @@ def test_a_killed_process_leaves_nothing_that_counts(place, tmp_path):
 
 def test_a_half_trained_step_says_that_it_goes_on(place):
     steps = diamond()
-    work = place.home(steps[0]) / "work" / "train"
-    work.mkdir(parents=True)
-    (work / "progress.json").write_text("{}")
+    whole = place.home(steps[0]) / "work" / "checkpoints" / "000000000128-abc"
+    whole.mkdir(parents=True)
+    (whole / "state.json").write_text("{}")
     assert place.reasons(steps)["a"] == "never run"
-    (work / "images-000000000128-abc").mkdir()
+    (whole / "record.json").write_text("{}")
     assert place.reasons(steps)["a"] == "interrupted: goes on from its last checkpoint"
 
 
@@ -546,7 +545,7 @@ def test_a_failed_step_stops_its_dependants_only_and_its_traceback_is_kept(place
     error = caught.value.failures["b"]
     assert isinstance(error, AttemptFailed)
     assert str(error) == "RuntimeError: first line"
-    log = Path(caught.value.logs["b"]).read_text()
+    log = Path(caught.value.failures["b"].log).read_text()
     assert "Traceback" in log
     assert "second line" in log
     assert "in fails" in log
@@ -557,7 +556,6 @@ def test_a_users_mistake_passes_as_it_is_and_leaves_no_traceback(place):
     with pytest.raises(StepsFailed) as caught:
         place.run(diamond(b={"run": refuses}))
     assert str(caught.value.failures["b"]) == "data.path: nothing there; mend it"
-    assert caught.value.logs == {}
     assert not (place.home(diamond()[1]) / "failures").exists()
 
 
@@ -585,7 +583,10 @@ def test_an_executor_that_cannot_say_what_happened_fails_that_step_alone(place):
 @pytest.mark.parametrize(
     ("lost", "retries", "survives"), [(1, 1, True), (2, 1, False), (2, 2, True)]
 )
-def test_a_lost_worker_is_tried_again_so_often_and_no_oftener(tmp_path, lost, retries, survives):
+def test_a_lost_worker_is_tried_again_so_often_and_no_oftener(
+    tmp_path, monkeypatch, lost, retries, survives
+):
+    monkeypatch.setattr(execution, "FIRST_PAUSE_SECONDS", 0)
     place = Place(str(tmp_path), Cluster(retries=retries), InProcess(lost=lost))
     step = diamond()[:1]
     if survives:
@@ -598,6 +599,104 @@ def test_a_lost_worker_is_tried_again_so_often_and_no_oftener(tmp_path, lost, re
             place.run(step)
         assert isinstance(caught.value.failures["a"], WorkerLost)
         assert len(place.executor.calls) == retries + 1
+
+
+@pytest.mark.parametrize(("times", "retries", "survives"), [(2, 2, True), (2, 1, False)])
+def test_a_store_that_did_not_answer_is_asked_again(
+    tmp_path, monkeypatch, times, retries, survives
+):
+    monkeypatch.setattr(execution, "FIRST_PAUSE_SECONDS", 0)
+    left = [Unreachable("s3://b/x: no answer in 4 attempts, 60 s")] * times
+
+    def away(ctx: StepContext, config: Config) -> Number:
+        if left:
+            raise left.pop()
+        return add(ctx, config)
+
+    place = Place(str(tmp_path), Cluster(retries=retries))
+    step = diamond(a={"run": away})[:1]
+    if survives:
+        assert place.run(step) == ["a"]
+        assert [event.kind for event in place.events] == ["started", "retry", "retry", "done"]
+    else:
+        with pytest.raises(StepsFailed) as caught:
+            place.run(step)
+        assert isinstance(caught.value.failures["a"], Unreachable)
+
+
+def test_the_pause_before_a_retry_doubles():
+    pauses = [[execution._pause(n) for _ in range(50)] for n in range(4)]
+    for n, drawn in enumerate(pauses):
+        whole = execution.FIRST_PAUSE_SECONDS * 2**n
+        assert whole / 2 <= min(drawn) < max(drawn) <= whole
+
+
+# --- asked to stop -------------------------------------------------------------------------------
+
+
+class Alongside(InProcess):
+    """A step under way ends only once it has been waited for so often."""
+
+    def __init__(self, waits: int, asked: list[str]) -> None:
+        super().__init__()
+        self.waits, self.asked = waits, asked
+
+    def wait(self, handles: Sequence[int], timeout: float) -> list[int]:
+        self.waits -= 1
+        if not self.asked:
+            self.asked.append("asked to stop by SIGTERM")
+            return []
+        return list(handles[:1]) if self.waits <= 0 else []
+
+
+def stop_run(place: Place, steps: Sequence[Step], asked: list[str]) -> list[tuple[str, str]]:
+    """(step, kind) of the events of a run that is asked to stop, which it must obey."""
+    stop = storage.join(place.workspace, "stops", "run")
+    events = execution.execute(
+        steps,
+        replace(place.settings, stop=stop),
+        lambda: place.executor,
+        lambda: asked[0] if asked else None,
+    )
+    told = []
+
+    def follow() -> None:
+        told.extend((event.step, event.kind) for event in events if event is not None)
+
+    with pytest.raises(Preempted, match="asked to stop by SIGTERM"):
+        follow()
+    assert place.executor.closed
+    assert not storage.exists(stop)
+    return told
+
+
+def test_asked_to_stop_training_has_time_to_save_and_nothing_new_starts(tmp_path):
+    def trains(ctx: StepContext, config: Config) -> Number:
+        assert ctx.stop is not None
+        assert storage.read_bytes(ctx.stop) == b"asked to stop by SIGTERM"
+        raise Preempted("a stopped at 128 images")
+
+    asked: list[str] = []
+    place = Place(str(tmp_path), executor=Alongside(3, asked))
+    steps = diamond(a={"run": trains, "gang": "workers"})
+    assert stop_run(place, steps, asked) == [("a", "started"), ("a", "stopped")]
+    assert place.executor.cancelled == []
+    assert place.states(steps) == dict.fromkeys("abcd", "to run")
+
+
+def test_training_that_saves_nothing_in_time_is_cancelled(tmp_path):
+    asked: list[str] = []
+    place = Place(str(tmp_path), Cluster(grace_seconds=0), Alongside(99, asked))
+    steps = diamond(a={"gang": "workers"})
+    assert stop_run(place, steps, asked) == [("a", "started")]
+    assert place.executor.cancelled == [0]
+
+
+def test_what_has_nothing_to_save_is_cancelled_at_once(tmp_path):
+    asked: list[str] = []
+    place = Place(str(tmp_path), Cluster(grace_seconds=1e9), Alongside(99, asked))
+    assert stop_run(place, diamond(), asked) == [("a", "started")]
+    assert place.executor.cancelled == [0]
 
 
 # --- admission -----------------------------------------------------------------------------------
@@ -680,7 +779,6 @@ def test_the_protocol_holds_in_an_object_store(tmp_path, monkeypatch):
         assert place.run(diamond()) == ["b"]
         storage.write_bytes(storage.join(home, "COMMIT.json"), b'{"format"')
         assert place.run(diamond()) == ["b"]
-        assert dag.lock_workspace(place.workspace) is None
         assert list(tmp_path.iterdir()) == []  # no scratch is left behind
     finally:
         storage.remove_tree(place.workspace)
@@ -704,36 +802,6 @@ def test_fetched_files_of_one_input_lie_side_by_side_as_they_were_written(tmp_pa
 
 
 # --- lock, disks ---------------------------------------------------------------------------------
-
-
-def test_a_second_driver_is_told_who_holds_the_workspace(tmp_path):
-    workspace = str(tmp_path / "new" / "work")
-    with dag.lock_workspace(workspace):
-        with pytest.raises(UserError) as caught:
-            dag.lock_workspace(workspace)
-        message = str(caught.value)
-        assert f"workspace {workspace} is in use by pid {os.getpid()} on " in message
-        assert "\n" not in message
-    dag.lock_workspace(workspace).close()
-
-
-def test_a_dead_driver_holds_nothing(tmp_path):
-    code = (
-        f"from pipelines import dag; dag.lock_workspace({str(tmp_path)!r}); import os; os._exit(9)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(dag.__file__).parent.parent)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 9
-    dag.lock_workspace(str(tmp_path)).close()
-
-
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
-    import fcntl
-
-    def flock(file: Any, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    dag.lock_workspace(str(tmp_path)).close()
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -783,39 +851,3 @@ def test_a_disk_that_refuses_the_record_is_one_line_and_nothing_is_committed(
     assert "\n" not in str(error)
     assert place.states(steps) == {"a": "to run"}
     assert place.run(steps) == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        (errno.ENOSPC, "disk full"),
-        (errno.EROFS, "read-only file system"),
-        (errno.EACCES, "permission denied"),
-    ],
-)
-def test_a_workspace_that_cannot_be_written_is_one_line_from_the_lock_on(
-    tmp_path, monkeypatch, code, words
-):
-    monkeypatch.setattr(dag, "open", refusing(".lock", code), raising=False)
-    with pytest.raises(UserError, match=f"^{words}: "):
-        dag.lock_workspace(str(tmp_path))
-
-
-def test_a_disk_that_fills_while_the_lock_is_written_is_one_line(tmp_path, monkeypatch):
-    class Full(io.TextIOWrapper):
-        def write(self, text: str) -> int:
-            raise FULL
-
-    def full(path: Path, mode: str) -> Full:
-        return Full(path.open("wb"))
-
-    monkeypatch.setattr(dag, "open", full, raising=False)
-    with pytest.raises(UserError, match=r"^disk full: .*free space"):
-        dag.lock_workspace(str(tmp_path))
-
-
-def test_a_file_where_the_workspace_should_be_is_one_line(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(UserError, match="a file stands where a folder is needed"):
-        dag.lock_workspace(str(file))

@@ -162,8 +162,7 @@ def started(workspace, stage):
         return False
     homes = list((Path(workspace) / "steps" / stage).glob("*"))
     if stage in TRAINING:
-        needed = ("checkpoint_manager_snapshot.json", "images-*/state.json")
-        return all(list(home.glob(f"work/train/{name}")) for home in homes for name in needed)
+        return all(list(home.glob("work/checkpoints/*/record.json")) for home in homes)
     return any(list(home.glob("attempts/*")) for home in homes)
 
 
@@ -180,13 +179,13 @@ def test_killed_at_every_stage_it_ends_as_if_undisturbed(undisturbed, tmp_path):
     kept = {
         stage: [
             json.loads(line)
-            for line in sorted(home.glob("work/train/images-*/curve.jsonl"))[-1]
+            for line in sorted(home.glob("work/checkpoints/*/curve.jsonl"))[-1]
             .read_text()
             .splitlines()
         ]
         for stage in TRAINING
         for home in (tmp_path / "steps" / stage).glob("*")
-        if list(home.glob("work/train/images-*/curve.jsonl"))
+        if list(home.glob("work/checkpoints/*/curve.jsonl"))
     }
     result = run(tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from infra import cluster, shards, sources
 from infra.errors import UserError
 from pipelines import train_worker, watch
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
+from pipelines.checkpoints import Checkpoints
 from pipelines.dag import StepContext
 from pipelines.recipe import Cluster, WatchConfig
 from pipelines.training import StageConfig, run_stage
@@ -43,23 +44,26 @@ TRAINING = ConsistencyConfig(
 
 
 class Worker:
-    """Rank 0 of one, as Ray Train would have it; it dies after so many checkpoints."""
+    """Rank 0 of one, as Ray Train would have it."""
 
     rank, world_size, device = 0, 1, torch.device("cpu")
 
-    def __init__(self, folder: Path, dies_after: int | None = None) -> None:
-        self.folder, self.dies_after = folder, dies_after
+    def tell(self, report: Mapping[str, Any]) -> None:
+        raise AssertionError("only trials are told about")
 
-    @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        found = sorted(self.folder.glob("*"))
-        yield found[-1] if found else None
 
-    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
-        assert folder is not None
-        if len(list(self.folder.glob("*"))) == self.dies_after:
+class Mortal(Checkpoints):
+    """Sends each checkpoint before training goes on; the process dies after so many."""
+
+    left: int | None = None
+
+    def save(self, folder: Path, images: int) -> None:
+        if self.left == 0:
             raise ConnectionError("the node is gone")
-        folder.rename(self.folder / f"{report['images']:08d}")
+        if self.left is not None:
+            type(self).left = self.left - 1
+        super().save(folder, images)
+        self.wait()
 
 
 class Place:
@@ -115,9 +119,8 @@ class Place:
         self.monkeypatch.setattr(
             Yardstick, "at", lambda home, about: self.yardstick if ready else None
         )
-        out, checkpoints = self.home / name / "out", self.home / name / "checkpoints"
-        for folder in (out, checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
+        out = self.home / name / "out"
+        out.mkdir(parents=True, exist_ok=True)
 
         # Of so short a training every probe would take more than any share.
         self.monkeypatch.setattr(watch.Watch, "affordable", lambda *_: True)
@@ -126,7 +129,9 @@ class Place:
             return function(payload)
 
         self.monkeypatch.setattr(cluster, "train_workers", workers)
-        self.monkeypatch.setattr(cluster, "TrainWorker", lambda: Worker(checkpoints, dies_after))
+        self.monkeypatch.setattr(cluster, "TrainWorker", Worker)
+        self.monkeypatch.setattr(train_worker, "Checkpoints", Mortal)
+        self.monkeypatch.setattr(Mortal, "left", dies_after)
         self.monkeypatch.setattr(train_worker.tracking, "MetricWriter", self.writer)
         job = None
         if asked:

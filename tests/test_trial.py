@@ -130,11 +130,9 @@ def logged(job: TrialJob) -> list[Result]:
 
 
 def checkpoints(job: TrialJob) -> list[str]:
-    return sorted(p.name for p in Path(job.home, "work").glob("checkpoint-*"))
-
-
-def latest(job: TrialJob) -> str:
-    return str(json.loads(Path(job.home, "work", "latest.json").read_text())["name"])
+    """Of those with a record, the images, oldest first."""
+    found = Path(job.home, "work", "checkpoints").glob("*/record.json")
+    return sorted(path.parent.name.partition("-")[0] for path in found)
 
 
 def never(*_: Any, **__: Any) -> Any:
@@ -265,7 +263,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(bench, whole, monkeypat
 # Every kind of write of a trial: which one it dies at, and what it has written down by then.
 WRITES = [
     ("/state.safetensors", 2, 2),
-    ("/checkpoint-000000000016", 1, 2),  # is removed
+    ("/checkpoints/000000000016", 1, 2),  # is removed
     ("/COMMIT.json", 1, 2),
     ("/work", 1, 3),  # is removed
 ]
@@ -294,7 +292,7 @@ def _kill_at(file: str, nth: int, patch: pytest.MonkeyPatch) -> None:
     def killing(real: Any, argument: int) -> Any:
         def write(*arguments: Any) -> Any:
             nonlocal left
-            url = re.sub(r"(/checkpoint-\d+)-[0-9a-f]+$", r"\1", arguments[argument])
+            url = re.sub(r"(/checkpoints/\d+)-[0-9a-f]+$", r"\1", arguments[argument])
             left -= url.endswith(file)
             if left == 0:
                 raise Killed
@@ -408,55 +406,40 @@ def test_only_the_last_checkpoint_is_kept(bench, monkeypatch):
     def look() -> None:
         if (Path(job.home) / "work").exists():
             found.append(checkpoints(job))
-            assert found[-1] == [latest(job)]
-            folder = Path(job.home, "work", latest(job))
-            assert {"curve.jsonl", LOG} < {path.name for path in folder.iterdir()}
+            (newest,) = Path(job.home, "work", "checkpoints").glob(f"{found[-1][-1]}-*")
+            assert {"curve.jsonl", LOG} < {path.name for path in newest.iterdir()}
 
     run(job, Told(2, after=look), monkeypatch)
-    assert [[name[: len("checkpoint-000000000016")] for name in names] for names in found] == [
-        [f"checkpoint-{images:012}"] for images in MARKS[:2]
-    ]
+    first, second = (f"{images:012}" for images in MARKS[:2])
+    assert found == [[first], [second]]
 
 
-def test_a_crash_before_a_checkpoint_is_named_keeps_the_one_before(bench, monkeypatch):
+def test_a_crash_before_a_checkpoint_has_its_record_keeps_the_one_before(bench, monkeypatch):
     job = job_of(bench)
     with pytest.MonkeyPatch.context() as patch:
-        _kill_at("/latest.json", 2, patch)
+        _kill_at("/record.json", 2, patch)
         patch.setattr(tuning, "report", Told())
         with pytest.raises(Killed):
             trial.run(job, Told())
-    assert len(checkpoints(job)) == 2
-    assert latest(job).startswith("checkpoint-000000000016-")
-    here = trial._Here(f"{job.home}/work")
-    with here.latest_checkpoint() as folder:
-        assert folder is not None
-        images = [json.loads(line)["images"] for line in (folder / LOG).read_text().splitlines()]
-        assert set(images) == {16}
+    assert len(list(Path(job.home, "work", "checkpoints").iterdir())) == 2
+    assert checkpoints(job) == ["000000000016"]
     again = run(job, Told(), monkeypatch)
     # The second probe was written down, though not told; its checkpoint has to be made anew.
     assert again.probes == [(1, True), (2, False), (2, False), (3, False)]
     assert seen(again.results[1]["lines"]) == seen(again.results[2]["lines"])
 
 
-def test_without_a_checkpoint_there_is_none(tmp_path):
-    with trial._Here(str(tmp_path)).latest_checkpoint() as folder:
-        assert folder is None
-
-
-def test_a_checkpoint_that_is_no_probe_tells_nothing(bench, tmp_path, monkeypatch):
-    """The stage's own cadence makes checkpoints between the probes."""
-    told = Told()
-    monkeypatch.setattr(tuning, "report", told)
-    here = trial._Here(str(tmp_path / "work"))
-    for images in (16, 32):
-        folder = tmp_path / f"made-{images}"
-        folder.mkdir()
-        (folder / "state").write_text(str(images))
-        here.publish(folder, {"images": images, **({"distance": 1.0} if images == 32 else {})})
-        with here.latest_checkpoint() as found:
-            assert found is not None
-            assert (found / "state").read_text() == str(images)
-    assert [result["images"] for result in told.results] == [32]
+def test_asked_to_stop_a_trial_saves_itself_and_says_so(bench, monkeypatch, tmp_path):
+    stop = tmp_path / "stop"
+    stop.touch()
+    job = job_of(bench)
+    job = replace(job, settings=replace(job.settings, stop=str(stop)))
+    told = run(job, Told(), monkeypatch)
+    assert told.results[-1] == {"preempted": True}
+    assert checkpoints(job)
+    stop.unlink()
+    again = run(job, Told(), monkeypatch)
+    assert again.probes[-1] == (3, False)
 
 
 def test_checkpoints_between_the_probes_change_nothing(tmp_path, whole, monkeypatch):
@@ -479,9 +462,8 @@ def test_more_workers_are_ray_trains_and_tell_tune_themselves(tmp_path, monkeypa
     told, asked = Told(), []
 
     class Reporting(Worker):
-        def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
-            if "distance" in report:
-                told(report)
+        def tell(self, report: Mapping[str, Any]) -> None:
+            told(report)
 
     def workers(function: Any, payload: Any, **options: Any) -> Any:
         asked.append((options["workers"], options["reports_to_tune"]))

@@ -84,15 +84,11 @@ def no_actors(make: Any, items: Sequence[Any], **_: Any) -> Iterator[tuple[int, 
 
 
 class Worker:
-    """Ray Train's only worker, which keeps no checkpoint."""
+    """Ray Train's only worker."""
 
     rank, world_size, device = 0, 1, torch.device("cpu")
 
-    @contextlib.contextmanager
-    def latest_checkpoint(self) -> Iterator[Path | None]:
-        yield None
-
-    def publish(self, folder: Path | None, report: Mapping[str, Any]) -> None:
+    def tell(self, report: Mapping[str, Any]) -> None:
         """Forgotten."""
 
 
@@ -170,7 +166,7 @@ class Bench:
     def __init__(self, workspace: Path, *overrides: str, **cluster: Any) -> None:
         self.workspace = str(workspace)
         self.source = RecipeSource("tiny.yaml", TEXT, overrides)
-        self.cluster = Cluster(workspace=self.workspace, **cluster)
+        self.cluster = Cluster(**{"workspace": self.workspace, "checkpoints_kept": 1, **cluster})
         self.settings = Settings(self.workspace, "", "tiny", self.cluster)
         self.sweep: SweepConfig | None = None
 
