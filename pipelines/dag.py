@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,9 +58,14 @@ class Step:
         own, recipe = self.written
         return recipe + path[len(own) :] if path.startswith(own) else path
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that name the result."""
+        return fingerprint_of(self.identity())[:16]
+
     def identity(self) -> "Identity":
         """What the fingerprint hashes."""
-        inputs = tuple(Input(alias, fingerprint(step)) for alias, step in self.inputs.items())
+        inputs = tuple(Input(alias, step.fingerprint) for alias, step in self.inputs.items())
         return Identity(self.name, self.version, self.config, inputs)
 
 
@@ -143,11 +149,6 @@ class Planned:
     drifted: tuple[str, ...] = ()  # files whose code changed since the commit
 
 
-def fingerprint(step: Step) -> str:
-    """16 hex digits that name the result of a step."""
-    return fingerprint_of(step.identity())[:16]
-
-
 def topological(targets: Sequence[Step]) -> list[Step]:
     """Every step the targets need, each after its inputs, in the order first met."""
     ordered: dict[str, Step] = {}
@@ -164,7 +165,7 @@ def topological(targets: Sequence[Step]) -> list[Step]:
 
 
 def home_of(workspace: str, step: Step) -> str:
-    return home_at(workspace, step.name, fingerprint(step))
+    return home_at(workspace, step.name, step.fingerprint)
 
 
 def home_at(workspace: str, step: str, fingerprint: str) -> str:
@@ -212,7 +213,7 @@ def plan(targets: Sequence[Step], workspace: str) -> list[Planned]:
 
 def _plan_one(step: Step, workspace: str, planned: Mapping[str, Planned]) -> Planned:
     home = home_of(workspace, step)
-    name = fingerprint(step)
+    name = step.fingerprint
     try:
         record = read_record(home)
         committed = committed_of(step, home, record)

@@ -311,7 +311,10 @@ def _submit(
     inputs = {alias: done[needed.name] for alias, needed in step.inputs.items()}
     past = tuple(history.values())
     needs = Resources(min(step.cpus, executor.capacity().cpus))
-    return executor.submit(run_attempt, step, settings, inputs, past, needs=needs, name=step.name)
+    code = drift.closure(step.run.__module__)  # parsed here once, not by every step's process
+    return executor.submit(
+        run_attempt, step, settings, inputs, past, code, needs=needs, name=step.name
+    )
 
 
 def run_attempt(
@@ -319,9 +322,10 @@ def run_attempt(
     settings: Settings,
     inputs: Mapping[str, Committed[Any]],
     history: tuple[StepHistory, ...],
+    code: Mapping[str, str],
 ) -> dict[str, Any]:
     """One attempt at a step of the graph, in the process the executor chose; returns the record."""
-    return produce(step.identity(), step.run, step.returns, settings, inputs, history)
+    return produce(step.identity(), step.run, step.returns, settings, inputs, code, history)
 
 
 def produce(
@@ -330,6 +334,7 @@ def produce(
     returns: type,
     settings: Settings,
     inputs: Mapping[str, Committed[Any]],
+    code: Mapping[str, str],
     history: tuple[StepHistory, ...] = (),
 ) -> dict[str, Any]:
     """Run, publish, commit; returns the record.
@@ -375,7 +380,7 @@ def produce(
             "started": _iso(started),
             "ended": _iso(ended),
             "seconds": round(ended - started, 3),
-            "code": drift.closure(run.__module__),
+            "code": dict(code),
             "provenance": {"host": platform.node(), "python": platform.python_version()},
         }
         data = json.dumps(record, indent=1, sort_keys=True).encode()

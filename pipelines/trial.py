@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.errors import Preempted, TrainingFailed, UserError
-from pipelines import probes
+from pipelines import drift, probes
 from pipelines.artifacts import Committed, TrainedModel
 from pipelines.dag import Identity, Input, Settings, StepContext, home_at, read_record
 from pipelines.execution import AttemptFailed, produce
@@ -68,7 +68,8 @@ def run(job: TrialJob, report: Callable[[Mapping[str, Any]], None]) -> None:
         return
     for left in reversed(range(job.retries + 1)):
         try:
-            produce(job.identity, step.run, TrainedModel, job.settings, job.inputs)
+            code = drift.closure(step.run.__module__)
+            produce(job.identity, step.run, TrainedModel, job.settings, job.inputs, code)
         except UserError as error:
             report({"mistake": str(error)})
             return

@@ -52,8 +52,7 @@ def refuse_what_cannot_be(sweep: SweepConfig, source: RecipeSource) -> Checked:
 def ledger_at(step: Step, cluster: Cluster) -> Ledger:
     """The ledger of a step that may never have run."""
     given: Mapping[str, Any] = {
-        alias: SimpleNamespace(fingerprint=dag.fingerprint(one))
-        for alias, one in step.inputs.items()
+        alias: SimpleNamespace(fingerprint=one.fingerprint) for alias, one in step.inputs.items()
     }
     return ledger_of(cluster.workspace, step.config, given)
 

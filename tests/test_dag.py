@@ -446,7 +446,7 @@ def test_what_a_crash_left_is_never_taken_for_a_result(place, stage, monkeypatch
     with monkeypatch.context() as patch:
         first = arm(stage, steps[0], patch, die)
         with pytest.raises(Killed):
-            execution.run_attempt(first, place.settings, {}, ())
+            execution.run_attempt(first, place.settings, {}, (), {})
     assert os.listdir(place.home(steps[0]) / "attempts")
     assert not (place.home(steps[0]) / "COMMIT.json").exists()
     assert place.reasons(steps)["a"] == "interrupted: runs again"
@@ -519,11 +519,11 @@ def test_of_two_attempts_at_once_one_wins_and_both_return_its_record(place):
 
     def outer(ctx: StepContext, config: Config) -> Number:
         inner = replace(step, run=add)  # starts later, and is finished first
-        records.append(execution.run_attempt(inner, place.settings, {}, ()))
+        records.append(execution.run_attempt(inner, place.settings, {}, (), {}))
         return add(ctx, config)
 
     step = Step(name="a", run=outer, config=Config(), returns=Number)
-    records.append(execution.run_attempt(step, place.settings, {}, ()))
+    records.append(execution.run_attempt(step, place.settings, {}, (), {}))
     assert records[0] == records[1] == place.record(step)
     assert len(os.listdir(place.home(step) / "attempts")) == 2
     assert place.states([step]) == {"a": "cached"}

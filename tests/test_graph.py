@@ -9,7 +9,6 @@ import pytest
 from infra.errors import UserError
 from pipelines import dag, graph
 from pipelines.config import RecipeSource, load_recipe, load_sweep, resolved_yaml
-from pipelines.dag import fingerprint
 from pipelines.recipe import Cluster, Recipe
 from pipelines.sweep import Axis
 
@@ -44,8 +43,8 @@ def inputs(step: dag.Step) -> dict[str, str]:
 def changed(before: list[str], after: list[str]) -> list[str]:
     """The steps that a change of overrides runs again."""
     old, new = steps(*before), steps(*after)
-    prints = {name: fingerprint(step) for name, step in old.items()}
-    return [name for name, step in new.items() if prints.get(name) != fingerprint(step)]
+    prints = {name: step.fingerprint for name, step in old.items()}
+    return [name for name, step in new.items() if prints.get(name) != step.fingerprint]
 
 
 def refused(*overrides: str) -> str:
@@ -166,8 +165,8 @@ def test_lpips_is_known_by_the_digest_of_its_file_not_by_its_place(tmp_path: Pat
     before = steps(*with_file("a.pth"))
     (tmp_path / "a.pth").write_bytes(b"edited")
     after = steps(*with_file("a.pth"))
-    assert fingerprint(before["distill"]) != fingerprint(after["distill"])
-    assert fingerprint(before["teacher"]) == fingerprint(after["teacher"])
+    assert before["distill"].fingerprint != after["distill"].fingerprint
+    assert before["teacher"].fingerprint == after["teacher"].fingerprint
 
 
 def test_an_lpips_file_that_is_not_there_is_one_line_that_names_the_key(tmp_path: Path):
@@ -348,10 +347,10 @@ def test_a_sweep_that_never_begins_with_the_distilled_model_does_not_wait_for_it
 
 def test_a_sweep_changes_what_comes_after_it_and_nothing_before():
     plain, swept, more = steps(), tuned("isolation"), tuned("isolation", trials=17)
-    prints = {name: fingerprint(step) for name, step in plain.items()}
-    same = [name for name in plain if fingerprint(swept[name]) == prints[name]]
+    prints = {name: step.fingerprint for name, step in plain.items()}
+    same = [name for name in plain if swept[name].fingerprint == prints[name]]
     assert same == ["shard", "reference", "teacher", "distill"]
-    assert fingerprint(more["tune-isolate"]) != fingerprint(swept["tune-isolate"])
+    assert more["tune-isolate"].fingerprint != swept["tune-isolate"].fingerprint
 
 
 def test_a_stage_has_one_sweep():

@@ -188,7 +188,7 @@ class Bench:
     def run(self, name: str) -> Committed[Any]:
         """One step, whose inputs are there."""
         step = self.steps()[name]
-        execution.run_attempt(step, self.settings, self.given(name), ())
+        execution.run_attempt(step, self.settings, self.given(name), (), {})
         return self.committed(step)
 
     def stage(self, *settings: str, name: str = "isolate") -> StageConfig:
