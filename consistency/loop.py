@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from consistency.config import TrainConfig
 from consistency.data import ImageStream
 from consistency.objectives import Nets, Objective, Progress
-from consistency.randomness import BatchRandom, derive_seed, rank_rows
+from consistency.randomness import BatchRandom, derive_seed, rank_rows, rows_of_batch
 from consistency.schedules import lr_factor
 from consistency.state import TrainState
 
@@ -97,13 +97,16 @@ def train(
         state.optimizer.zero_grad(set_to_none=True)
         for first, last in chunks:
             # Every random number of a step is a function of (seed, images seen, row of the batch).
-            torch.manual_seed(derive_seed(seed, "dropout", first, state.images))
+            torch.manual_seed(derive_seed(seed, "dropout", 0, state.images))
             generator = torch.Generator(workers.device)
             generator.manual_seed(derive_seed(seed, "noise", state.images))
             random = BatchRandom(generator, config.batch, first, last)
             batch = stream.batch(state.images, config.batch, first, last, workers.device)
 
-            with networks.gradients_shared(last == stop):
+            with (
+                networks.gradients_shared(last == stop),
+                rows_of_batch(first, last, config.batch),
+            ):
                 with torch.autocast(
                     workers.device.type,
                     dtype=DTYPES[config.precision],

@@ -5,6 +5,9 @@ this rank's rows. So resume needs no generator state, and one worker or three dr
 """
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -58,3 +61,30 @@ class BatchRandom:
 def rank_rows(total: int, rank: int, world_size: int) -> tuple[int, int]:
     """Rows [start, stop) of a global batch that belong to `rank`; sizes differ by at most one."""
     return total * rank // world_size, total * (rank + 1) // world_size
+
+
+# (start, stop, total) of the rows that a network is given now; None: they are the whole batch.
+_rows: ContextVar[tuple[int, int, int] | None] = ContextVar("rows", default=None)
+
+
+@contextmanager
+def rows_of_batch(start: int, stop: int, total: int) -> Iterator[None]:
+    """Within it, `batch_mask` draws for the whole batch, of which these rows are at work."""
+    token = _rows.set((start, stop, total))
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+def batch_mask(rows: int, shape: tuple[int, ...], p: float, device: torch.device) -> Tensor:
+    """bool [rows, *shape], True with probability p, from torch's own generator.
+
+    Drawn for the whole batch, so it depends neither on how many workers share it nor on how they
+    cut their shares. `rows` may be a multiple of the rows at work: copies, each with its own draws.
+    """
+    start, stop, total = _rows.get() or (0, rows, rows)
+    copies = rows // (stop - start)
+    assert copies * (stop - start) == rows, f"{rows} rows, of a batch cut into {stop - start}"
+    full = torch.empty((copies, total, *shape), dtype=torch.bool, device=device).bernoulli_(p)
+    return full[:, start:stop].reshape(rows, *shape)

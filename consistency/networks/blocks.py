@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from consistency.config import norm_groups
+from consistency.randomness import batch_mask
 
 SQRT_HALF = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 
@@ -289,13 +290,13 @@ def double(x: Tensor, fir: Tensor | None) -> Tensor:
 
 
 def drop(h: Tensor, p: float) -> Tensor:
-    """Dropout of h [B, C, s, s] whose mask depends on torch's generator and the shape alone.
+    """Dropout of h [B, C, s, s]; its mask depends on torch's generator and the batch's shape alone.
 
     That of `F.dropout` also depends on the memory format, the dtype and whether a forward-mode
     derivative is taken; two passes that must share a mask would not.
     """
     b, c, *sides = h.shape
-    keep = torch.empty((b, *sides, c), dtype=torch.bool, device=h.device).bernoulli_(1 - p)
+    keep = batch_mask(b, (*sides, c), 1 - p, h.device)
     return (h * keep.permute(0, 3, 1, 2)).mul_(1 / (1 - p))
 
 
