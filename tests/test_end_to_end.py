@@ -199,33 +199,44 @@ def test_killed_at_every_stage_it_ends_as_if_undisturbed(undisturbed, tmp_path):
         assert [json.loads(line) for line in curve[: len(points)]] == points
 
 
-def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_leaves_no_process(tmp_path):
+def test_a_polite_kill_and_ctrl_c_stop_cleanly_say_how_to_go_on_and_leave_no_process(tmp_path):
     import psutil
 
-    with open(tmp_path / "out.log", "w") as log:
-        driver = subprocess.Popen(
-            command(tmp_path / "space"),
-            stdout=log,
-            stderr=log,
-            env=environment(),
-            start_new_session=True,
-            # As in a terminal: what a shell starts in the background ignores Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        end = time.monotonic() + DEADLINE
-        while not started(tmp_path / "space", "teacher"):
-            assert driver.poll() is None, (tmp_path / "out.log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.1)
-        family = psutil.Process(driver.pid).children(recursive=True)
-        os.killpg(driver.pid, signal.SIGINT)  # what a terminal does
-        assert driver.wait(timeout=60) == 130
-    text = (tmp_path / "out.log").read_text()
-    assert "the same command goes on where it stopped" in text
-    assert "Traceback" not in text
-    _, alive = psutil.wait_procs(family, timeout=20)
-    assert alive == []
-    assert "teacher" not in records(tmp_path / "space")
+    space, out = tmp_path / "space", tmp_path / "out.log"
+    for stage, code, words in (
+        ("teacher", 3, "asked to stop by SIGTERM"),
+        ("distill", 130, "interrupted"),
+    ):
+        with out.open("w") as log:
+            driver = subprocess.Popen(
+                command(space),
+                stdout=log,
+                stderr=log,
+                env=environment(),
+                start_new_session=True,
+                # As in a terminal: what a shell starts in the background ignores Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
+            end = time.monotonic() + DEADLINE
+            while not started(space, stage):
+                assert driver.poll() is None, out.read_text()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            family = psutil.Process(driver.pid).children(recursive=True)
+            if code == 3:
+                driver.terminate()  # what a batch system does to the process it began
+            else:
+                os.killpg(driver.pid, signal.SIGINT)  # what a terminal does
+            assert driver.wait(timeout=60) == code, out.read_text()
+        text = out.read_text()
+        assert f"{words}; the same command goes on where it stopped" in text
+        assert "Traceback" not in text
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert alive == []
+        saved = list((space / "steps" / stage).glob("*/work/checkpoints/*/record.json"))
+        assert saved or stage in records(space)
+        assert list((space / "stops").glob("*")) == []
+    assert "register" not in records(space)
 
 
 def test_every_stage_there_is_runs_once_and_a_new_selection_trains_nothing(tmp_path):

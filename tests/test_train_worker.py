@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ from consistency.evaluation.domain import feature_net_for
 from consistency.evaluation.frechet import GaussianStats
 from consistency.method_config import ConsistencyConfig, LognormalPairs, SqrtLevels
 from infra import cluster, shards, sources
-from infra.errors import UserError
+from infra.errors import Preempted, TrainingFailed, UserError
 from pipelines import train_worker, watch
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
 from pipelines.checkpoints import Checkpoints
@@ -56,6 +56,7 @@ class Mortal(Checkpoints):
     """Sends each checkpoint before training goes on; the process dies after so many."""
 
     left: int | None = None
+    saved: ClassVar[list[int]] = []  # images, in this process
 
     def save(self, folder: Path, images: int) -> None:
         if self.left == 0:
@@ -64,6 +65,7 @@ class Mortal(Checkpoints):
             type(self).left = self.left - 1
         super().save(folder, images)
         self.wait()
+        self.saved.append(images)
 
 
 class Place:
@@ -113,7 +115,12 @@ class Place:
         return Yardstick(network=network, reference=value, url=str(self.home))
 
     def train(
-        self, name: str, dies_after: int | None = None, ready: bool = True, **asked: Any
+        self,
+        name: str,
+        dies_after: int | None = None,
+        ready: bool = True,
+        stop: str | None = None,
+        **asked: Any,
     ) -> tuple[TrainedModel, Path]:
         """The stage `name`, watched if `asked`; the same name goes on where it stopped."""
         self.monkeypatch.setattr(
@@ -125,10 +132,7 @@ class Place:
         # Of so short a training every probe would take more than any share.
         self.monkeypatch.setattr(watch.Watch, "affordable", lambda *_: True)
 
-        def workers(function: Any, payload: dict[str, Any], **_: Any) -> Any:
-            return function(payload)
-
-        self.monkeypatch.setattr(cluster, "train_workers", workers)
+        self.monkeypatch.setattr(cluster, "train_workers", self.workers)
         self.monkeypatch.setattr(cluster, "TrainWorker", Worker)
         self.monkeypatch.setattr(train_worker, "Checkpoints", Mortal)
         self.monkeypatch.setattr(Mortal, "left", dies_after)
@@ -145,12 +149,17 @@ class Place:
             workspace=str(self.home),
             tracking_uri="",
             experiment="",
-            cluster=Cluster(checkpoint_every_seconds=0),
+            cluster=Cluster(checkpoint_every_seconds=0 if stop is None else 1e9),
+            stop=stop,
         )
         stage = StageConfig(
             network=NETWORK, noise=NoiseConfig(), training=TRAINING, seed=0, watch=job
         )
         return run_stage(ctx, stage, self.shard), out
+
+    @staticmethod
+    def workers(function: Any, payload: dict[str, Any], **_: Any) -> Any:
+        return function(payload)
 
     def writer(self, *_: Any, **__: Any) -> Any:
         place = self
@@ -241,3 +250,73 @@ def test_without_a_reference_it_trains_without_looking(place: Place) -> None:
     assert not value.watched
     assert value.best is None
     assert not (out / watch.LOG).exists()
+
+
+# --- asked to stop, dying, damaged ----------------------------------------------------------------
+
+
+def test_asked_to_stop_it_saves_the_step_it_has_done_and_goes_on_from_there(place: Place) -> None:
+    whole, _ = place.train("whole")
+    stop = place.home / "stop"
+    for images in (16, 32, 48):  # asked again and again, it gets on by a step each time
+        stop.touch()
+        with pytest.raises(Preempted, match=f"isolate stopped at {images} images, all of them"):
+            place.train("cut", stop=str(stop))
+        names = [path.parent.name for path in place.home.glob("cut/work/checkpoints/*/record.json")]
+        assert max(names).startswith(f"{images:012d}-")
+    stop.unlink()
+    again, _ = place.train("cut", stop=str(stop))
+    assert again.weights_sha256 == whole.weights_sha256
+    assert (again.images, again.steps) == (whole.images, whole.steps)
+
+
+def test_a_damaged_checkpoint_costs_the_way_from_the_one_before(place: Place) -> None:
+    whole, _ = place.train("whole")
+    with pytest.raises(ConnectionError):
+        place.train("cut", dies_after=4)
+    newest = max(place.home.glob("cut/work/checkpoints/*"))
+    assert newest.name.startswith(f"{64:012d}-")
+    file = max(newest.iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink()
+    file.write_bytes(data)
+    Mortal.saved.clear()
+    again, _ = place.train("cut")
+    assert again.weights_sha256 == whole.weights_sha256
+    assert Mortal.saved == [64, 80, 96, 112, 128, 144]
+
+
+def test_with_all_of_them_damaged_it_refuses_to_begin_again_unasked(place: Place) -> None:
+    with pytest.raises(ConnectionError):
+        place.train("cut", dies_after=2)
+    for file in place.home.glob("cut/work/checkpoints/*/state.json"):
+        file.unlink()
+    with pytest.raises(UserError, match="none of its 2 checkpoints is whole"):
+        place.train("cut")
+
+
+def test_workers_that_die_at_one_place_end_with_what_they_said(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train begins them again and again: so does this stand-in, until they say it is over."""
+    deaths = []
+
+    def dies(*_: Any) -> Any:
+        deaths.append(1)
+        raise MemoryError("out of memory")
+
+    def train_workers(function: Any, payload: dict[str, Any], **_: Any) -> Any:
+        for _ in range(9):
+            with contextlib.suppress(MemoryError):
+                return function(payload)
+        raise AssertionError("started again for ever")
+
+    monkeypatch.setattr(train_worker, "_Running", dies)
+    monkeypatch.setattr(place, "workers", train_workers)
+    with pytest.raises(TrainingFailed) as caught:
+        place.train("dead")
+    assert len(deaths) == Cluster().max_failures + 1
+    words = "workers died 3 times in a row at the start; the last one said: MemoryError: out of"
+    assert words in str(caught.value)
+    assert "(rank 0 of 1 on " in str(caught.value)
