@@ -1,6 +1,7 @@
 # make run       the quickstart: real digits in, a registered one-step generator out
 # make test      the tests a change must pass (minutes)
 # make test-all  also the slow ones (clean consumer environment, wheel)
+# make chaos     200 seeded faults, and whether the product survives them (half an hour)
 # make lint      format, lint, types, import contracts
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 # The environment variable reaches the isolated build of the package too, the option does not.
 PIP := PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: run test test-all lint format clean
+.PHONY: run test test-all chaos lint format clean
 
 run: $(VENV)/.installed
 	$(BIN)/cmforge run quickstart
@@ -19,6 +20,9 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q
+
+chaos: $(VENV)/.installed-dev
+	$(BIN)/python tests/chaos/run.py --seed 0 --faults 200 --out docs/chaos.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

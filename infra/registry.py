@@ -116,18 +116,22 @@ def register_model(
     champion = _standing(client, name, aliases[alias])[0] if alias in aliases else None
     decision = decide(candidate, champion, rule, model=name, alias=alias)
     # What gave a version its alias stays on record when the same run comes by again.
-    if not (
+    reason = decision.reason
+    if (
         champion is not None
         and champion.version == candidate.version
         and outcome_before == decision.outcome
         and any(file.path == RECORD for file in client.list_artifacts(run_id))
     ):
+        # For the caller too: an attempt that died before it told anybody left it here.
+        reason = client.get_model_version(name, number).tags.get(DECISION_TAG) or reason
+    else:
         record = _record(name, alias, rule, candidate, champion, decision)
         client.log_text(run_id, record, RECORD)  # stored before any alias moves
-        client.set_model_version_tag(name, number, DECISION_TAG, decision.reason)
+        client.set_model_version_tag(name, number, DECISION_TAG, reason)
         client.set_model_version_tag(name, number, OUTCOME_TAG, decision.outcome)
     _move_aliases(client, name, alias, number, decision.outcome, aliases)
-    return Registration(version=int(number), outcome=decision.outcome, decision=decision.reason)
+    return Registration(version=int(number), outcome=decision.outcome, decision=reason)
 
 
 def verify_registered(uri: str, name: str, version: int, digest: str) -> bool:

@@ -11,10 +11,9 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
 import tarfile
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,13 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from infra import storage
+from infra import staging, storage
 from infra.errors import UserError
 from infra.sources import Source
 from infra.storage import CorruptError
 
 VERSION = 1
 MANIFEST = "manifest.json"
+_HEADERS = 4096  # bytes, more than two .npy headers and the record of a staged copy take
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 
 
@@ -250,15 +250,18 @@ def _parse_manifest(fields: dict[str, Any]) -> ShardManifest:
 
 
 def load_shards(
-    url: str, manifest: ShardManifest | None = None, cache_dir: str | None = None
+    url: str,
+    manifest: ShardManifest | None = None,
+    cache_dir: str | None = None,
+    cache_bytes: int | None = None,
 ) -> ImageArray:
     """Every image and label, in manifest order.
 
     Each shard is read whole and held against the manifest before a byte of it is decoded.
     CorruptError names the shard that is missing, truncated or altered. Without `cache_dir` all is
-    in memory; with it (a local folder) the images are staged there once per manifest and mapped
-    read-only, so that processes of one machine share them. Stagers may race: the first one done
-    publishes its folder by a rename, the others throw theirs away.
+    in memory; with it (a local folder of at most `cache_bytes`, see `infra.staging`) the images are
+    staged there once per manifest and mapped read-only, so that processes of one machine share
+    them; a staged copy that is damaged is staged again.
     """
     url = storage.absolute(url)
     manifest = manifest or read_manifest(url)
@@ -271,48 +274,37 @@ def load_shards(
             images[start:stop], labels[start:stop] = _read_shard(url, shard, manifest)
             start = stop
         return ImageArray(images, labels, manifest.class_names)
-    staged = os.path.join(storage.absolute(cache_dir), manifest.sha256)
-    if not os.path.isdir(staged):
-        with storage.mendable(staged, "CMFORGE_CACHE"):
-            _stage(url, manifest, staged)
+    size = math.prod(_shape(manifest)) + 8 * manifest.count + _HEADERS
+    staged = staging.stage(
+        storage.absolute(cache_dir),
+        manifest.sha256,
+        size,
+        cache_bytes,
+        lambda entry: _stage(url, manifest, entry),
+    )
     try:
-        images = np.load(os.path.join(staged, "images.npy"), mmap_mode="r", allow_pickle=False)
-        labels = np.load(os.path.join(staged, "labels.npy"), allow_pickle=False)
+        images = np.load(f"{staged.folder}/images.npy", mmap_mode="r", allow_pickle=False)
+        labels = np.load(f"{staged.folder}/labels.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise CorruptError(f"{staged} is damaged ({error}): delete it and run again") from error
+        raise CorruptError(f"{staged.folder} is damaged ({error}): delete it") from error
+    weakref.finalize(images, staged.close)  # views of it keep it alive
     if images.shape != _shape(manifest) or labels.shape != (manifest.count,):
-        raise CorruptError(f"{staged} holds {images.shape}: delete it and run again")
+        raise CorruptError(f"{staged.folder} holds {images.shape}: delete it and run again")
     return ImageArray(images, labels, manifest.class_names)
 
 
-def _stage(url: str, manifest: ShardManifest, staged: str) -> None:
-    temp = os.path.join(
-        os.path.dirname(staged), f"{storage.TEMP_PREFIX}{os.getpid()}-{secrets.token_hex(6)}"
-    )
-    os.makedirs(temp)
-    try:
-        labels = []
-        # Written as a stream: a full disk is an error here, under a memory map it is a SIGBUS.
-        with open(os.path.join(temp, "images.npy"), "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": _shape(manifest)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for shard in manifest.shards:
-                images, own = _read_shard(url, shard, manifest)
-                file.write(images.data)
-                labels.append(own)
-            file.flush()
-            os.fsync(file.fileno())
-        with open(os.path.join(temp, "labels.npy"), "wb") as file:
-            np.save(file, np.concatenate(labels), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.rename(temp, staged)
-        except OSError:
-            if not os.path.isdir(staged):  # else another stager was first, with the same bytes
-                raise
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+def _stage(url: str, manifest: ShardManifest, entry: staging.NewEntry) -> None:
+    labels = []
+    # Written as a stream: a full disk is an error here, under a memory map it is a SIGBUS.
+    with entry.create("images.npy") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": _shape(manifest)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for shard in manifest.shards:
+            images, own = _read_shard(url, shard, manifest)
+            file.write(images.data)
+            labels.append(own)
+    with entry.create("labels.npy") as file:
+        np.save(file, np.concatenate(labels), allow_pickle=False)
 
 
 def _shape(manifest: ShardManifest) -> tuple[int, int, int, int]:

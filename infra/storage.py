@@ -1,7 +1,8 @@
 """Files and objects behind one small set of functions: local paths and any fsspec URL.
 
 A write is either whole or not there: local files are written beside their target, synced and
-renamed; objects are put in one request. Names starting with `.tmp-` are unfinished and unseen.
+renamed; objects appear with their last byte. Names starting with `.tmp-` are unfinished and unseen.
+Requests to a store are tried until a deadline; past it they raise `infra.errors.Unreachable`.
 """
 
 import errno
@@ -12,17 +13,15 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
+from infra import remote
 from infra.errors import UserError
 
 TEMP_PREFIX = ".tmp-"
-_BLOCK = 4 << 20  # bytes per ranged request: a cut connection costs one block, not the object
-# Stores whose client caches listings: another process's new files would stay unseen.
-_LISTING_CACHES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"}
 
 _MENDS = {
     errno.ENOSPC: ("disk full", "free space or choose another {place}"),
@@ -90,10 +89,13 @@ def _writing(url: str) -> Iterator[None]:
 
 
 def is_local(url: str) -> bool:
-    """Plain paths and file:// URLs. UserError for pipes and chained URLs."""
+    """Plain paths and file:// URLs. UserError for pipes, chained URLs and secrets in a URL."""
     if url.startswith(("pipe:", "shell:")) or "::" in url:
         raise UserError(f"{url}: pipes and chained URLs are refused; give a path or a plain URL")
-    return "://" not in url or url.startswith("file://")
+    if "://" not in url or url.startswith("file://"):
+        return True
+    remote.refuse_secrets(url)
+    return False
 
 
 def absolute(url: str) -> str:
@@ -116,16 +118,14 @@ def read_bytes(url: str) -> bytes:
         if is_local(url):
             with open(absolute(url), "rb") as file:
                 return file.read()
-        fs, path = _remote(url)
-        return cast(bytes, fs.cat_file(path))
+        return remote.read_bytes(remote.place(url))
 
 
 def write_bytes(url: str, data: bytes) -> None:
     """Writes or replaces the file in one step."""
     if not is_local(url):
         with _writing(url):
-            fs, path = _remote(url)
-            fs.pipe_file(path, data)
+            remote.write(remote.place(url), data)
         return
     with mendable(url):
         target = absolute(url)
@@ -135,27 +135,32 @@ def write_bytes(url: str, data: bytes) -> None:
 
 
 def put_if_absent(url: str, data: bytes) -> bool:
-    """Writes the file unless it exists; True for the one caller that wrote it.
+    """Writes the file unless it exists; True for the one caller whose bytes stand there.
 
-    Exclusive on local disks and on stores that honour `If-None-Match: *`; on a store that ignores
-    it two callers in the same instant may both be told True.
+    Exclusive on local disks and on stores that honour `If-None-Match: *`. Where a store ignores
+    it the last of those who saw no file wins; one that comes later than SETTLE may win as well.
     """
     if is_local(url):
         return _link_if_absent(absolute(url), data)
-    if exists(url):
-        return False
     with _writing(url):
-        fs, path = _remote(url)
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # Ceph's answer to a lost race reaches us as errno 22, the same as a bad request.
-            if error.errno == errno.EINVAL and fs.exists(path):
-                return False
-            raise
-    return True
+        return remote.put_if_absent(remote.place(url), data)
+
+
+def conditional_put(url: str) -> bool:
+    """Whether exactly one of several exclusive writes of one new file in a folder succeeds."""
+    probe = join(url, f"{TEMP_PREFIX}{secrets.token_hex(6)}")
+
+    def create(i: int) -> bool:
+        if is_local(probe):
+            return _link_if_absent(absolute(probe), bytes([i]))
+        with _writing(probe):
+            return remote.create(remote.place(probe), bytes([i]))
+
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            return sum(pool.map(create, range(4))) == 1
+    finally:
+        remove_tree(probe)
 
 
 def exists(url: str) -> bool:
@@ -163,8 +168,11 @@ def exists(url: str) -> bool:
     with mendable(url):
         if is_local(url):
             return os.path.exists(absolute(url))
-        fs, path = _remote(url)
-        return bool(fs.exists(path))
+        try:
+            remote.info(remote.place(url))
+        except FileNotFoundError:
+            return False
+        return True
 
 
 def list_dir(url: str) -> list[str]:
@@ -174,9 +182,10 @@ def list_dir(url: str) -> list[str]:
             if is_local(url):
                 names = os.listdir(absolute(url))
             else:
-                fs, path = _remote(url)
-                found = [entry.rstrip("/") for entry in fs.ls(path, detail=False)]
-                names = [entry.rsplit("/", 1)[-1] for entry in found if entry != path]
+                at = remote.place(url)
+                listed = remote.ask(at, at.fs.ls, at.path, detail=False)
+                found = [entry.rstrip("/") for entry in listed]
+                names = [entry.rsplit("/", 1)[-1] for entry in found if entry != at.path]
         except FileNotFoundError:
             return []
     return sorted(name for name in names if not name.startswith(TEMP_PREFIX))
@@ -188,7 +197,11 @@ def list_files(url: str) -> list[tuple[str, int]]:
     Links are followed. UserError for one that leads nowhere, or back to a folder above it.
     """
     with mendable(url):
-        found = _walk(absolute(url)) if is_local(url) else _find(url)
+        if is_local(url):
+            found = _walk(absolute(url))
+        else:
+            files = remote.files(remote.place(url))
+            found = ((path, int(entry["size"])) for path, entry in files)
         return sorted(
             (path, size)
             for path, size in found
@@ -201,17 +214,17 @@ def size(url: str) -> int:
     with mendable(url):
         if is_local(url):
             return os.path.getsize(absolute(url))
-        fs, path = _remote(url)
-        return int(fs.size(path))
+        return int(remote.info(remote.place(url))["size"])
 
 
 def sha256(url: str) -> str:
     """Hex digest of one file's bytes, read in blocks."""
-    with mendable(url), _open(url) as file:
-        digest = hashlib.sha256()
-        while block := file.read(_BLOCK):
-            digest.update(block)
-        return digest.hexdigest()
+    with mendable(url):
+        if is_local(url):
+            with open(absolute(url), "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        place = remote.place(url)
+        return remote.read(place, hashlib.sha256, lambda d, block: d.update(block)).hexdigest()
 
 
 def remove_tree(url: str) -> None:
@@ -219,8 +232,8 @@ def remove_tree(url: str) -> None:
     with mendable(url):
         try:
             if not is_local(url):
-                fs, path = _remote(url)
-                fs.rm(path, recursive=True)
+                at = remote.place(url)
+                remote.ask(at, at.fs.rm, at.path, recursive=True)
             elif os.path.isdir(path := absolute(url)) and not os.path.islink(path):
                 shutil.rmtree(path)
             else:
@@ -236,8 +249,10 @@ def upload_file(local_file: str, url: str) -> None:
     """
     if not is_local(url):
         with _writing(url):
-            fs, path = _remote(url)
-            fs.put_file(local_file, path)
+            remote.upload(remote.place(url), local_file)
+            there, here = size(url), os.path.getsize(local_file)
+        if there != here:
+            raise CorruptError(f"{url} has {there} bytes after an upload of {here}: run again")
         return
     with mendable(url):
         target = absolute(url)
@@ -286,28 +301,6 @@ def verify(url: str, records: Iterable[FileRecord]) -> None:
             raise CorruptError(f"{target} is altered (its sha256 differs): {mend}")
 
 
-def _remote(url: str) -> tuple[Any, str]:
-    """The filesystem and the path within it. Built per call: fsspec caches them, safe over fork."""
-    import fsspec
-
-    protocol = url.split("://", 1)[0]
-    options = {"use_listings_cache": False} if protocol in _LISTING_CACHES else {}
-    try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
-    except ValueError as error:
-        raise UserError(f"{url}: {error}; give a path or an fsspec URL") from error
-    except ImportError as error:
-        raise UserError(f"{url}: {error}; install the package for {protocol}://") from error
-    return fs, path.rstrip("/")
-
-
-def _open(url: str) -> BinaryIO:
-    if is_local(url):
-        return open(absolute(url), "rb")
-    fs, path = _remote(url)
-    return cast(BinaryIO, fs.open(path, "rb", block_size=_BLOCK))
-
-
 def _walk(root: str) -> Iterator[tuple[str, int]]:
     """Follows links: data sets are often assembled from linked class folders."""
     if not os.path.isdir(root):
@@ -333,16 +326,6 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
                 if any(os.path.commonpath([target, one]) == target for one in (real, *left)):
                     raise UserError(f"{entry.path}: a link to a folder around it; remove it")
                 waiting.append((path, target, (*left, real)))
-
-
-def _find(url: str) -> Iterator[tuple[str, int]]:
-    fs, root = _remote(url)
-    found: dict[str, Any] = {}
-    with suppress(FileNotFoundError):  # not even the bucket is there
-        found = fs.find(root, detail=True)
-    for name, info in found.items():
-        if name.startswith(root + "/") and name != root + "/":
-            yield name[len(root) + 1 :], int(info["size"])
 
 
 def _temp_beside(target: str) -> str:

@@ -194,5 +194,15 @@ def _parser() -> argparse.ArgumentParser:
         "--as", dest="name", metavar="NAME", help="whose weights they are, where no hash tells"
     )
 
+    text = "list what the workspace no longer needs (leftovers of what was killed), or remove it"
+    collect = add("gc", commands.gc, text)
+    collect.add_argument("--delete", action="store_true", help="remove it")
+    collect.add_argument(
+        "--older-than",
+        default="24h",
+        metavar="AGE",
+        help="only what was last written so long ago: 30m, 24h (default), 7d",
+    )
+
     add("doctor", commands.doctor, "check this machine, the installation and the workspace")
     return parser

@@ -273,6 +273,13 @@ def weights_import(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def gc(arguments: argparse.Namespace) -> int:
+    from pipelines import gc
+
+    workspace = load(arguments, recipe_needed=False)[1].workspace
+    return gc.show(workspace, arguments.older_than, delete=arguments.delete)
+
+
 # --- shared ---------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from tests.every_kind import KINDS, deterministic, fresh, free_port, run, tensors
+from tests.every_kind import KINDS, deterministic, free_port, fresh, run, tensors
 
 RELAY = ("teacher-weighted", "ect", "cd", "ict")
 LEGS = ((2, 1), (1, 2), (3, 3))  # so many workers, up to this step

@@ -2,12 +2,14 @@
 
 import dataclasses
 import errno
+import gc
 import hashlib
 import io
 import json
 import os
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from infra import shards, storage
+from infra import shards, staging, storage
 from infra.errors import UserError
 from infra.shards import ImageArray, load_shards, read_manifest, write_shards
 from infra.sources import Source
@@ -262,55 +264,123 @@ def test_a_staged_copy_is_mapped_once_per_content_and_read_only(tmp_path: Path) 
     assert not staged.images.flags.writeable
     np.testing.assert_array_equal(staged.images, in_memory.images)
     np.testing.assert_array_equal(staged.labels, in_memory.labels)
-    assert os.listdir(cache) == [manifest.sha256]
+    assert sorted(os.listdir(cache)) == [manifest.sha256, f"{manifest.sha256}.lock", "room.lock"]
     for shard in manifest.shards:  # a second load needs the shards no more
         os.remove(os.path.join(url, shard.name))
     again = load_shards(url, cache_dir=cache)
     np.testing.assert_array_equal(again.images, in_memory.images)
     other = write_shards(made_source(seed=1), url, num_shards=2)
     assert pairs(load_shards(url, cache_dir=cache)) == pairs(made_source(seed=1))
-    assert sorted(os.listdir(cache)) == sorted([manifest.sha256, other.sha256])
+    assert {manifest.sha256, other.sha256} <= set(os.listdir(cache))
 
 
-def test_stagers_may_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def load_together(url: str, cache: str, count: int = 4) -> list[list[tuple[int, bytes]]]:
+    """What so many stagers find that begin in the same moment."""
+    found: list[list[tuple[int, bytes]]] = []
+    together = threading.Barrier(count)
+
+    def load() -> None:
+        together.wait(10)
+        found.append(pairs(load_shards(url, cache_dir=cache)))
+
+    threads = [threading.Thread(target=load) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_stagers_of_one_machine_wait_for_the_first_and_fetch_each_shard_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, cache = str(tmp_path / "set"), str(tmp_path / "cache")
+    write_shards(made_source(), url, num_shards=3)
+    fetched: list[str] = []
+    plain = storage.read_bytes
+
+    def slowly(file: str) -> bytes:
+        if file.endswith(".tar"):
+            fetched.append(file[-10:])
+            time.sleep(0.05)
+        return plain(file)
+
+    monkeypatch.setattr(storage, "read_bytes", slowly)
+    assert load_together(url, cache) == [pairs(made_source())] * 4
+    assert fetched == ["000000.tar", "000001.tar", "000002.tar"]
+
+
+def test_without_locks_stagers_race_and_all_find_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, cache = str(tmp_path / "set"), str(tmp_path / "cache")
     manifest = write_shards(made_source(), url, num_shards=2)
     together = threading.Barrier(4)
     plain = shards._read_shard
 
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
     def read_together(*args: object) -> object:
         together.wait(10)  # nobody has published before all have begun
         return plain(*args)  # type: ignore[arg-type]
 
+    monkeypatch.setattr(staging.fcntl, "flock", none)
     monkeypatch.setattr(shards, "_read_shard", read_together)
-    found: list[list[tuple[int, bytes]]] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(pairs(load_shards(url, cache_dir=cache))))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [pairs(made_source())] * 4
-    assert os.listdir(cache) == [manifest.sha256]
+    assert load_together(url, cache) == [pairs(made_source())] * 4
+    assert [name for name in os.listdir(cache) if "lock" not in name] == [manifest.sha256]
 
 
-def test_a_damaged_stage_is_named_and_a_damaged_shard_is_never_staged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["images.npy", "labels.npy", "staged.json"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_damaged_stage_is_thrown_away_and_staged_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, how: str
+) -> None:
+    url, cache = str(tmp_path / "set"), str(tmp_path / "cache")
+    manifest = write_shards(made_source(), url, num_shards=2)
+    mapped = load_shards(url, cache_dir=cache)
+    staged = Path(cache) / manifest.sha256
+    data = (staged / file).read_bytes()
+    (staged / "new").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    os.replace(staged / "new", staged / file)  # what is mapped keeps its bytes
+    if how == "cut":
+        (staged / file).write_bytes(data[:100])
+    if how == "gone":
+        (staged / file).unlink()
+    assert pairs(load_shards(url, cache_dir=cache)) == pairs(made_source())
+    assert pairs(mapped) == pairs(made_source())
+    (line,) = caplog.messages
+    assert str(staged) in line
+    assert "is damaged" in line
+    assert (staged / file).read_bytes() == data
+    assert sorted(os.listdir(staged)) == ["images.npy", "labels.npy", "staged.json"]
+
+
+def test_a_damaged_shard_is_never_staged(tmp_path: Path) -> None:
     url, cache = tmp_path / "set", tmp_path / "cache"
-    manifest = write_shards(made_source(), str(url), num_shards=2)
+    write_shards(made_source(), str(url), num_shards=2)
     file = url / "shard-000001.tar"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-1024])
+    file.write_bytes(file.read_bytes()[:-1024])
     with pytest.raises(CorruptError, match="truncated"):
         load_shards(str(url), cache_dir=str(cache))
-    assert os.listdir(cache) == []
-    file.write_bytes(whole)
-    load_shards(str(url), cache_dir=str(cache))
-    with open(cache / manifest.sha256 / "images.npy", "r+b") as stream:
-        stream.truncate(200)
-    with pytest.raises(CorruptError, match=f"{manifest.sha256} is damaged"):
-        load_shards(str(url), cache_dir=str(cache))
+    assert [name for name in os.listdir(cache) if not name.endswith("lock")] == []
+
+
+def test_a_set_in_use_stays_as_long_as_any_view_of_it(tmp_path: Path) -> None:
+    url, cache = str(tmp_path / "set"), str(tmp_path / "cache")
+    first = write_shards(made_source(), url, num_shards=2)
+    view = np.asarray(load_shards(url, cache_dir=cache).images)[3:, ::2]
+    gc.collect()
+    second = write_shards(made_source(seed=1), url, num_shards=2)
+    bound = 7_000  # of the two sets, only one
+    with pytest.raises(UserError, match=r"running processes use .* CMFORGE_CACHE_GB"):
+        load_shards(url, cache_dir=cache, cache_bytes=bound)
+    del view
+    gc.collect()
+    assert pairs(load_shards(url, cache_dir=cache, cache_bytes=bound)) == pairs(made_source(seed=1))
+    kept = os.listdir(cache)
+    assert second.sha256 in kept
+    assert first.sha256 not in kept
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_manifest(

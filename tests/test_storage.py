@@ -2,6 +2,9 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +12,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from infra import storage
-from infra.errors import UserError
+from infra import leftovers, storage
+from infra.errors import Unreachable, UserError
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -234,6 +237,77 @@ def test_a_failed_write_is_one_line_and_leaves_nothing(
     assert storage.read_bytes(url) == b"old"
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one mebibyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system takes root")
+    options = ["-t", "tmpfs", "-o", "size=1m"]
+    made = subprocess.run(["mount", *options, "tmpfs", disk], capture_output=True, text=True)
+    if made.returncode != 0:
+        pytest.skip(f"no small file system here: {made.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    url = str(small_disk / "a")
+    storage.write_bytes(url, b"old")
+    (tmp_path / "large").write_bytes(bytes(2 << 20))
+    for write in (
+        lambda: storage.write_bytes(url, bytes(2 << 20)),
+        lambda: storage.put_if_absent(str(small_disk / "b"), bytes(2 << 20)),
+        lambda: storage.upload_file(str(tmp_path / "large"), url),
+        lambda: storage.upload_file(str(tmp_path / "large"), str(small_disk / "c")),
+    ):
+        with pytest.raises(UserError, match=f"^disk full: {small_disk}/[abc]: free space or"):
+            write()
+        assert os.listdir(small_disk) == ["a"]
+        assert storage.read_bytes(url) == b"old"
+
+
+def test_what_a_killed_writer_left_is_unseen_found_and_removed(tmp_path: Path) -> None:
+    root, url = str(tmp_path / "root"), str(tmp_path / "root" / "a")
+    storage.write_bytes(url, b"old")
+    killed_at_sync = (
+        "import os, signal, sys\nfrom infra import storage\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "storage.write_bytes(sys.argv[1], b'new')"
+    )
+    command = [sys.executable, "-c", killed_at_sync, url]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    (torn,) = (name for name in os.listdir(root) if name != "a")
+    assert storage.read_bytes(url) == b"old"
+    assert storage.list_dir(root) == ["a"]
+    assert storage.list_files(root) == [("a", 3)]
+    assert leftovers.stale_temps(root, 3600) == []
+    os.utime(os.path.join(root, torn), (0, 0))
+    (found,) = leftovers.stale_temps(root, 3600)
+    assert (found.url, found.bytes) == (os.path.join(root, torn), 3)
+    leftovers.remove_temp(found)
+    leftovers.remove_temp(found)
+    assert os.listdir(root) == ["a"]
+
+
+def test_an_unfinished_folder_is_as_young_as_what_is_in_it(tmp_path: Path) -> None:
+    inside = tmp_path / "x" / ".tmp-build" / "deep" / "file"
+    inside.parent.mkdir(parents=True)
+    inside.write_bytes(b"12345")
+    for path in (inside, *list(inside.parents)[:2]):
+        os.utime(path, (0, 0))
+    (found,) = leftovers.stale_temps(str(tmp_path), 3600)
+    assert (found.url, found.bytes) == (str(tmp_path / "x" / ".tmp-build"), 5)
+    os.utime(inside)
+    assert leftovers.stale_temps(str(tmp_path), 3600) == []
+
+
 def test_errors_no_user_can_mend_pass_through() -> None:
     assert storage.user_error_from(OSError(errno.EIO, "I/O error"), "x") is None
     assert storage.user_error_from(FileNotFoundError(errno.ENOENT, "gone"), "x") is None
@@ -262,15 +336,14 @@ def test_the_mend_names_the_setting_that_moves_the_file() -> None:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """No credentials of this machine, no retries, nothing kept from other tests."""
+    """No credentials of this machine, few retries, nothing kept from other tests."""
     s3fs = pytest.importorskip("s3fs")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    monkeypatch.setenv("CMFORGE_STORAGE_DEADLINE", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     yield monkeypatch
     s3fs.S3FileSystem.clear_instance_cache()
@@ -293,7 +366,7 @@ def test_missing_credentials_are_one_line(s3: pytest.MonkeyPatch) -> None:
 def test_a_store_that_does_not_answer_is_one_line(s3: pytest.MonkeyPatch) -> None:
     with_credentials(s3)
     with pytest.raises(
-        UserError, match=r"^s3://b/k: Could not connect.*AWS_ENDPOINT_URL"
+        Unreachable, match=r"^s3://b/k: no answer in \d+ tries over .*Could not connect.*AWS_ENDP"
     ) as caught:
         storage.read_bytes("s3://b/k")
     assert "\n" not in str(caught.value)
@@ -309,6 +382,7 @@ def test_a_bucket_that_does_not_exist_is_empty_to_read_and_one_line_to_write(
     try:
         host, port = server.get_host_and_port()
         s3.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        s3.delenv("CMFORGE_STORAGE_DEADLINE")
         assert storage.list_dir("s3://nowhere/k") == storage.list_files("s3://nowhere/k") == []
         assert not storage.exists("s3://nowhere/k")
         (tmp_path / "file").write_bytes(b"x")
