@@ -75,9 +75,14 @@ def probe(uri: str) -> None:
             connect(uri).search_experiments(max_results=1)
 
 
-def without_secrets(uri: str) -> str:
-    """`uri` without user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+def without_secrets(text: str) -> str:
+    """A URI, or a text with some in it, without users and passwords."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
+
+
+def _said(error: Exception) -> str:
+    """Its first line; MLflow repeats the whole URI in its own."""
+    return without_secrets((str(error) or type(error).__name__).splitlines()[0])
 
 
 @contextmanager
@@ -92,9 +97,8 @@ def user_errors(uri: str) -> Iterator[None]:
 
         if not isinstance(error, ImportError | OSError | sqlite3.Error | MlflowException):
             raise
-        reason = without_secrets(str(error).splitlines()[0])
         raise UserError(
-            f"tracking server {without_secrets(uri)}: {reason}; "
+            f"tracking server {without_secrets(uri)}: {_said(error)}; "
             "mend cluster.tracking_uri or MLFLOW_TRACKING_URI"
         ) from error
 
@@ -380,7 +384,8 @@ class MetricWriter:
             except Exception as error:  # whatever ails the server, training goes on
                 self.failures += 1
                 if self.failures == 1:
-                    _log.warning("metrics are kept back, the tracking server fails: %s", error)
+                    said = _said(error)
+                    _log.warning("metrics are kept back, the tracking server fails: %s", said)
                 if stopping:
                     if time.monotonic() > end:
                         return

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from infra import storage
 from infra.errors import Preempted, TrainingFailed, Unreachable, UserError, WorkerLost
 from infra.resources import Resources
+from infra.tracking import without_secrets
 from pipelines import drift
 from pipelines.artifacts import Committed, content_of, to_json
 from pipelines.dag import (
@@ -395,8 +396,9 @@ def produce(
             if known is not None:
                 raise known from error
         log = storage.join(home, "failures", f"{attempt}.txt")
-        storage.write_bytes(log, traceback.format_exc().encode())
-        said = f"{type(error).__name__}: {error}".splitlines()[0]  # the rest is in the log
+        # MLflow's errors repeat the whole URL. Beside the log only the first line is told.
+        storage.write_bytes(log, without_secrets(traceback.format_exc()).encode())
+        said = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
         notes = getattr(error, "__notes__", [])  # a training worker's rank and node
         raise AttemptFailed(" ".join([said, *notes]), log, platform.node()) from None
     finally:

@@ -44,8 +44,8 @@ FORBIDDEN = {
     *("pd.read_pickle", "pandas.read_pickle", "torch.jit.load", "torch.package.PackageImporter"),
     *("tarfile.TarFile.extractall", "shutil.unpack_archive", "tempfile.mktemp"),
 }
-# A TorchScript file given as a feature network is a program, and is run as one, after exported.py
-# or the reader below has gone through it: no pickle of it names anything but tensors.
+# A TorchScript file given as a feature network is a program and is run as one, by whoever gives it;
+# exported.py goes through .pt2 files only.
 ALLOWED = {"consistency/evaluation/extractors.py": ["torch.jit.load"]}
 STARTS = {"run", "call", "check_call", "check_output", "Popen"}  # of subprocess
 

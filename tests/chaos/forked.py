@@ -279,7 +279,7 @@ def _commit(step: str) -> str:
     return rf"put_if_absent {step}/\w+/COMMIT.json done"
 
 
-_CHECKPOINT = r"write_bytes {}/\w+/work/checkpoints/[^/]+/record.json done"
+_CHECKPOINT = r"write_bytes {}/\w+/wor[k]/checkpoints/[^/]+/record.json done"
 FLIPS = {
     "shard": Target(_commit("shard"), r"shard/.*\.tar$", flip, new_node=True),
     "manifest": Target(_commit("shard"), r"shard/.*manifest\.json$", flip, new_node=True),
