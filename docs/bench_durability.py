@@ -13,6 +13,7 @@ python docs/bench_durability.py [--rounds 15] [--workspace FINISHED --recipe NAM
 """
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -67,19 +68,14 @@ def chain(rounds: int) -> None:
     class Warm(RayExecutor):
         """The product's, but for processes that are used again."""
 
-        def submit(self, function: Any, *given: Any, needs: Any, name: str) -> Any:
-            task = ray.remote(function).options(
-                num_cpus=needs.cpus,
-                max_retries=0,
-                name=name,
-                runtime_env={"env_vars": self.environment},
-            )
-            return task.remote(*given)
+        def __init__(self) -> None:
+            super().__init__("local")
+            self.remote = functools.cache(ray.remote)
 
         def close(self) -> None:
             """Used again by the next round."""
 
-    executor = Warm("local")
+    executor = Warm()
     task = ray.remote(bare).options(
         num_cpus=1, max_retries=0, runtime_env={"env_vars": executor.environment}
     )
@@ -95,7 +91,8 @@ def chain(rounds: int) -> None:
                         name=f"s{index}", run=nothing, config=config, returns=Nothing, inputs=before
                     )
                 )
-            settings = dag.Settings(folder, "", "bench", Cluster(workspace=folder))
+            workspace = f"{folder}/{number}"
+            settings = dag.Settings(workspace, "", "bench", Cluster(workspace=workspace))
             started = time.perf_counter()
             for _ in execution.execute(steps, settings, lambda: executor):
                 pass
@@ -199,4 +196,7 @@ def cached(workspace: str, recipe: str, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # As a module of its own, as the product's steps are: Ray sends what is in a script by value.
+    import bench_durability
+
+    bench_durability.main()

@@ -4,12 +4,15 @@ The surface is kept small on purpose (init, remote, wait, get, cancel, TorchTrai
 more than it keeps. Import this module only when something must run; it costs a second.
 """
 
+import functools
 import heapq
 import logging
+import math
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,15 +52,21 @@ class RayExecutor:
         # Steps call Ray Train, which asks the State API of *this* cluster.
         gcs = ray.get_runtime_context().gcs_address
         self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": gcs}
+        # One process per step: an idle one would keep what it imported, half a gigabyte, until the
+        # end of the run. Cached: Ray would send the same function once more for each step.
+        self.remote = functools.cache(ray.remote(max_calls=1))
+        self._capacity, self._looked = Resources(0), -math.inf
 
     def capacity(self) -> Resources:
-        found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
+        """What there is in all, as of a second ago at most."""
+        if time.monotonic() - self._looked > 1:
+            found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            self._capacity = Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
+            self._looked = time.monotonic()
+        return self._capacity
 
     def submit(self, function: Callable[..., Any], *args: Any, needs: Resources, name: str) -> Any:
-        # One process per step: an idle one would keep what it imported, half a gigabyte, until the
-        # end of the run.
-        task = ray.remote(max_calls=1)(function).options(
+        task = self.remote(function).options(
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
             max_retries=0,

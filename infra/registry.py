@@ -373,7 +373,12 @@ def _create_version(
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     mine = client.create_model_version(
-        name, f"models:/{model_id}", run_id, tags=dict(tags), description=card
+        name,
+        f"models:/{model_id}",
+        run_id,
+        tags=dict(tags),
+        description=card,
+        model_id=model_id,  # a server refuses the source without it (3.17)
     )
     first = _versions(client, name, tags[DIGEST_TAG])[0]
     if int(first.version) != int(mine.version):

@@ -184,7 +184,7 @@ def execute(
                     )
                     yield Event(step.name, "done", seconds=seconds)
                     # A cached result stands only while its inputs are what it was made from.
-                    for line in lines:
+                    for line in [line for line in lines if line.committed is not None]:
                         if line.step.name in done and _outdated(line, done, settings.workspace):
                             del done[line.step.name]
                             set_aside(settings.workspace, line.step)
