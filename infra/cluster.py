@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,11 +21,14 @@ import ray
 import ray.exceptions
 
 from infra import ray_environment, storage
-from infra.errors import UserError, WorkerLost
+from infra.errors import HeadLost, UserError, WorkerLost
 from infra.resources import Resources
 
 if TYPE_CHECKING:
     import torch
+
+
+HEAD_PATIENCE = 40.0  # seconds; after 60 Ray ends the process, wherever it stands
 
 
 class RayExecutor:
@@ -50,20 +54,37 @@ class RayExecutor:
                 f"or use --cluster laptop"
             ) from error
         # Steps call Ray Train, which asks the State API of *this* cluster.
-        gcs = ray.get_runtime_context().gcs_address
-        self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": gcs}
+        self.head: str = ray.get_runtime_context().gcs_address
+        self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": self.head}
         # One process per step: an idle one would keep what it imported, half a gigabyte, until the
         # end of the run. Cached: Ray would send the same function once more for each step.
         self.remote = functools.cache(ray.remote(max_calls=1))
         self._capacity, self._looked = Resources(0), -math.inf
+        self._heard = time.monotonic()  # from the head
 
     def capacity(self) -> Resources:
-        """What there is in all, as of a second ago at most."""
+        """What there is in all, as of a second ago. Raises HeadLost."""
         if time.monotonic() - self._looked > 1:
-            found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            self._capacity = Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
             self._looked = time.monotonic()
+            if self._head_answers():
+                found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+                self._capacity = Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
         return self._capacity
+
+    def _head_answers(self) -> bool:
+        """Asked before Ray is, which would wait. Raises HeadLost after HEAD_PATIENCE."""
+        host, _, port = self.head.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            if time.monotonic() - self._heard < HEAD_PATIENCE:
+                return False
+            raise HeadLost(
+                f"the head of the Ray cluster at {self.head} has not answered for "
+                f"{HEAD_PATIENCE:.0f} s; the same command goes on once there is a head again"
+            ) from None
+        self._heard = time.monotonic()
+        return True
 
     def submit(self, function: Callable[..., Any], *args: Any, needs: Resources, name: str) -> Any:
         task = self.remote(function).options(
@@ -76,6 +97,8 @@ class RayExecutor:
         return task.remote(*args)
 
     def wait(self, handles: Sequence[Any], timeout: float) -> list[Any]:
+        """Those that are finished. Raises HeadLost."""
+        self.capacity()  # asks the head
         ready, _ = ray.wait(list(handles), num_returns=1, timeout=timeout)
         return list(ready)
 

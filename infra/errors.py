@@ -16,6 +16,10 @@ class WorkerLost(Exception):
     """The process or node that ran a task is gone; the task may be tried again."""
 
 
+class HeadLost(Exception):
+    """The head of a Ray cluster no longer answers: nothing can be started or stopped there."""
+
+
 class TrainingFailed(Exception):
     """The numbers of a training went wrong (a loss that is not finite); the text says where."""
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import shlex
 import signal
 import sys
 import tempfile
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from infra import storage
-from infra.errors import Preempted, UserError
+from infra.errors import HeadLost, Preempted, UserError
 from pipelines.arguments import load, source
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from pipelines import dag, graph
+    from pipelines import dag, graph, outcome
 
     recipe, cluster = load(arguments)
     steps = graph.build(recipe, cluster, source(arguments, recipe))
@@ -33,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     code = _execute(recipe, cluster, steps, lines, arguments.force, wait=arguments.wait)
     if code == 0:
-        _print_result(steps, cluster.workspace)
+        outcome.show(steps, cluster.workspace)
     return code
 
 
@@ -81,7 +80,7 @@ def _execute(
     sweep: Any = None,
 ) -> int:
     """Run what is not done; `sweep` is the step whose trials are shown as they go."""
-    from pipelines import config, dag, execution, lease, sweep_table, tune_command
+    from pipelines import config, dag, execution, lease, outcome, sweep_table, tune_command
     from pipelines.progress import Progress
 
     view = None
@@ -132,8 +131,11 @@ def _execute(
     except Preempted as stopped:
         print(f"{stopped}; the same command goes on where it stopped", file=sys.stderr)
         return 3
+    except HeadLost as lost:
+        print(lost, file=sys.stderr)
+        return 1
     except execution.StepsFailed as failed:
-        return _explain(failed)
+        return outcome.explain(failed)
     return 0
 
 
@@ -366,45 +368,3 @@ def _warn_of_drift(lines: Sequence[Any], forced: Sequence[str]) -> None:
                 f"{shown}{more}; --force {line.step.name} runs it again",
                 file=sys.stderr,
             )
-
-
-def _explain(failed: Any) -> int:
-    """Say what failed, where the traceback is, and what to do; exit code 2 for a user's mistake."""
-    from pipelines import execution
-
-    for name, error in failed.failures.items():
-        if isinstance(error, UserError):
-            print(error, file=sys.stderr)
-        else:
-            node, log = "", ""
-            if isinstance(error, execution.AttemptFailed):
-                node, log = f" on {error.node}", f" (traceback: {error.log})"
-            print(f"step {name} failed{node}: {error}{log}", file=sys.stderr)
-    mistakes = all(isinstance(error, UserError) for error in failed.failures.values())
-    if not mistakes:
-        again = shlex.join(["cmforge", *sys.argv[1:]])
-        print(f"what is done is kept; go on with: {again}", file=sys.stderr)
-    return 2 if mistakes else 1
-
-
-def _print_result(steps: Sequence[Any], workspace: str) -> None:
-    from pipelines import dag
-
-    done: dict[str, Any] = {}
-    for line in dag.plan(steps, workspace):
-        assert line.committed is not None, f"{line.step.name} is not done: {line.reason}"
-        done[line.step.name] = line.committed
-    evaluation, model, page = done["evaluate"].value, done["register"].value, done["report"]
-    print()
-    for score in evaluation.scores:
-        steps_text = f"{score.evaluations} evaluation{'s' if score.evaluations > 1 else ''}"
-        spread = "" if score.std is None else f" ± {evaluation.text(score.std)}"
-        of = " of the variance of the real images" if evaluation.features.unit else ""
-        print(
-            f"  {score.candidate:<8} {steps_text:<15} {score.protocol.name} "
-            f"{evaluation.text(score.value)}{spread}{of}"
-        )
-    print(
-        f"model   {model.name} version {model.version} (from {model.candidate}): {model.decision}"
-    )
-    print(f"report  {storage.join(page.url, page.value.file)}")

@@ -132,7 +132,7 @@ def until(what, ready, every=0.05):
 def product(workspace):
     """The command of the story. A checkpoint after every step, so that a kill finds some."""
     options = ("--cluster", "auto", "--wait", "cluster.checkpoint_every_seconds=0")
-    more = ("teacher.images=512", "distill.images=512", "isolate.images=256")
+    more = ("teacher.images=1024", "distill.images=1024", "isolate.images=256")
     place = f"cluster.workspace={workspace}"
     return ["python", "-m", "pipelines", "run", RECIPE, *options, place, *more]
 
@@ -187,16 +187,22 @@ class Jobs:
         return sorted(path.parent for path in found)
 
     def reach(self, stage, images):
-        """Wait until the stage has a checkpoint of so many images."""
+        """Wait until the stage has a checkpoint of so many images, and a line of its curve."""
         least = f"{images:012d}"
         until(
             f"{stage} at {images}",
-            lambda: any(folder.name >= least for folder in self.checkpoints(stage)),
+            lambda: (
+                any(folder.name >= least for folder in self.checkpoints(stage))
+                and self.curve(stage)
+            ),
         )
 
     def curve(self, stage):
         """The newest checkpoint's curve: it holds measured rates, so no second one is equal."""
-        text = (self.checkpoints(stage)[-1] / "curve.jsonl").read_text()
+        try:
+            text = (self.checkpoints(stage)[-1] / "curve.jsonl").read_text()
+        except FileNotFoundError:  # a newer one is there
+            return []
         return [json.loads(line) for line in text.splitlines()]
 
 

@@ -409,6 +409,27 @@ def test_a_server_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(caught.value)
 
 
+def test_a_server_holds_one_version_that_loads_by_its_alias(template: Path, tmp_path: Path) -> None:
+    """Servers check what a database takes as it comes: where a version says it is from."""
+    from tests.chaos.served import Registry
+
+    class Served(Place):
+        @property
+        def uri(self) -> str:
+            return server.uri
+
+    with Registry(tmp_path / "server") as server:
+        place = Served(tmp_path, template)
+        # On the server's own disk, which only it can reach.
+        first = place.register(artifact_root=None)
+        assert place.register(artifact_root=None) == first
+        assert (first.version, first.outcome) == (1, "champion")
+        place.assert_exactly_one()
+        assert registry.verify_registered(server.uri, NAME, 1, "d1")
+        drawn = tracking.predict(server.uri, f"models:/{NAME}@{ALIAS}", 2, {"steps": 1})
+        assert len(drawn) == 2
+
+
 def test_a_moved_workspace_is_refused_before_anything_is_registered(
     place: Place, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

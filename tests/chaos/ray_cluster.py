@@ -12,7 +12,11 @@ from ray.cluster_utils import Cluster
 def main() -> None:
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": True, "port": int(sys.argv[1])},
+        head_node_args={
+            "num_cpus": 2,
+            "include_dashboard": True,
+            "gcs_server_port": int(sys.argv[1]),
+        },
     )
     nodes = [cluster.head_node, *(cluster.add_node(num_cpus=2) for _ in range(2))]
     cluster.wait_for_nodes()
