@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from infra import storage, tracking
+from infra import storage, temporary, tracking
 from infra.gate import Decision, Measurement, Outcome, Rule, Standing, decide
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ def _log_model(
         assert model is not None, tags[DIGEST_TAG]
     ready = str(model.status) == "READY"
     if not ready or not _has_files(client, model.model_id):
-        with tempfile.TemporaryDirectory(prefix="cmforge-model-") as scratch:
+        with tempfile.TemporaryDirectory(dir=temporary.root()) as scratch:
             folder = Path(scratch) / "model"
             _save(folder, model.model_id, run_id, package)
             # log_model(model_id=...) fails for ever on a model that was once half logged.

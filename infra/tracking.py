@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from infra import storage
+from infra import storage, temporary
 from infra.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _ensure_database(path: Path) -> None:
 def _create_database(path: Path) -> None:
     from mlflow import MlflowClient
 
-    with tempfile.TemporaryDirectory(prefix="cmforge-mlflow-") as scratch:
+    with tempfile.TemporaryDirectory(dir=temporary.root()) as scratch:
         MlflowClient(f"{_SQLITE}{scratch}/mlflow.db").search_experiments(max_results=1)
         new = path.with_name(path.name + ".new")
         new.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from ray.tune import schedulers
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from infra import ray_environment
+from infra import ray_environment, temporary
 
 TIME, METRIC = "probe", "distance"
 # Read by Tune: the sweep's own handlers and files do what these would.
@@ -93,7 +93,7 @@ def run_trials(
     def run(config: dict[str, Any]) -> None:
         trial(config["payload"])
 
-    with tempfile.TemporaryDirectory(prefix="cmforge-tune-") as scratch:
+    with tempfile.TemporaryDirectory(dir=temporary.root()) as scratch:
         tuner = tune.Tuner(
             tune.with_resources(run, _resources(cpus, gpus)),
             tune_config=tune.TuneConfig(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import storage, temporary
 from infra.errors import UserError
 
 
@@ -53,7 +53,7 @@ def load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[Any
     if storage.is_local(saved):
         recipe = config.load_recipe(saved, rest)
         return _with_sweeps(arguments, recipe, overrides), cluster
-    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+    with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
         local = os.path.join(folder, "recipe.yaml")
         Path(local).write_bytes(storage.read_bytes(saved))
         recipe = config.load_recipe(local, rest)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra import storage
+from infra import storage, temporary
 from infra.errors import Unreachable, UserError
 from infra.storage import CorruptError, FileRecord
 
@@ -75,7 +75,7 @@ class Checkpoints:
             storage.verify(url, files)
             yield Path(storage.absolute(url))
             return
-        with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+        with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
             for file in files:
                 with contextlib.suppress(FileNotFoundError):  # told below, as any damage is
                     data = storage.read_bytes(storage.join(url, file.path))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from infra import storage
+from infra import storage, temporary
 from infra.errors import HeadLost, Preempted, UserError
 from pipelines.arguments import load, source
 
@@ -245,7 +245,7 @@ def reference_export(arguments: argparse.Namespace) -> int:
 
     yardstick = _yardstick(*load(arguments))
     target = storage.absolute(arguments.file)
-    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+    with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
         local = Path(folder) / "statistics.npz"
         write_npz(local, yardstick.statistics(), yardstick.reference.protocol)
         storage.upload_file(str(local), target)

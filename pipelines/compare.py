@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from infra import gate, storage
+from infra import gate, storage, temporary
 from infra.errors import UserError
 from pipelines import png, sample
 from pipelines.scoring import Job, Measured, Subject, in_process, measure_all
@@ -37,7 +37,7 @@ def show(
     measured as the recipe's evaluation would, on this machine.
     """
     config = recipe.evaluate
-    with tempfile.TemporaryDirectory(prefix="cmforge-compare-") as scratch:
+    with tempfile.TemporaryDirectory(dir=temporary.root()) as scratch:
         subjects = [
             _subject(name, recipe, yardstick, workspace, tracking_uri, Path(scratch) / str(number))
             for number, name in enumerate(names)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from infra import storage
+from infra import storage, temporary
 from infra.errors import Preempted, TrainingFailed, Unreachable, UserError, WorkerLost
 from infra.resources import Resources
 from infra.tracking import without_secrets
@@ -348,7 +348,7 @@ def produce(
     attempt = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(3)}"
     published = storage.join(home, "attempts", attempt)
     local = storage.is_local(published)
-    scratch = None if local else Path(tempfile.mkdtemp(prefix="cmforge-"))
+    scratch = None if local else Path(tempfile.mkdtemp(dir=temporary.root()))
     out = Path(storage.absolute(published)) if scratch is None else scratch / "out"
     started = time.time()
     try:

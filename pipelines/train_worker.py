@@ -12,7 +12,7 @@ from typing import Any
 
 from consistency.config import PowerEMA
 from consistency.method_config import ConsistencyConfig, StageTraining
-from infra import storage, tracking
+from infra import storage, temporary, tracking
 from infra.errors import UserError
 from pipelines import checkpoints, probes, ranks, restarts
 from pipelines.cadence import Clock, Due, Notice
@@ -216,7 +216,7 @@ class _Running:
             raise UserError(
                 f"{self.job.step}.lpips: {config.lpips} changed since the plan; run again"
             )
-        with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+        with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
             path = Path(folder) / Path(config.lpips).name
             path.write_bytes(data)
             try:
@@ -242,7 +242,7 @@ class _Running:
         """A checkpoint of this moment, written to this machine's disk and sent from there."""
         if me.rank != 0:
             return
-        folder = Path(tempfile.mkdtemp(prefix="cmforge-"))
+        folder = Path(tempfile.mkdtemp(dir=temporary.root()))
         try:
             self.stage.state.save(folder)
             (folder / "curve.jsonl").write_text(self._curve_text())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from consistency.evaluation.protocol import DOMAIN, Protocol
 from consistency.evaluation.specs import FILE, SPECS
-from infra import storage
+from infra import storage, temporary
 from infra.errors import UserError
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, from_json
 from pipelines.dag import read_record
@@ -167,7 +167,7 @@ def as_local(url: str) -> Iterator[Path]:
     if storage.is_local(url):
         yield Path(storage.absolute(url))
         return
-    with tempfile.TemporaryDirectory(prefix="cmforge-") as folder:
+    with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
         path = Path(folder) / url.rsplit("/", 1)[-1]
         path.write_bytes(storage.read_bytes(url))
         yield path

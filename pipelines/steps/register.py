@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from infra import temporary
 from pipelines.artifacts import (
     Committed,
     Evaluation,
@@ -90,7 +91,7 @@ def run(
     )
     status = "FAILED"
     try:
-        with tempfile.TemporaryDirectory(prefix="cmforge-register-") as scratch:
+        with tempfile.TemporaryDirectory(dir=temporary.root()) as scratch:
             weights = ctx.fetch(trained, "weights.safetensors")
             card = model_card(config, name, evaluate.value, shard.value, description, lineage)
             registered = registry.register_model(
