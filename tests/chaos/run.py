@@ -144,6 +144,8 @@ def main() -> int:
         "kinds": rows,
         "scenarios": stories,
     }
+    if arguments.only and arguments.out and Path(arguments.out).exists():
+        found = joined(json.loads(Path(arguments.out).read_text()), found)
     text = table(found)
     say("\n" + text)
     if arguments.out:
@@ -162,7 +164,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", type=int, default=200, help="over all kinds (default 200)")
-    parser.add_argument("--only", action="append", default=[], metavar="KIND", help="repeatable")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help="repeatable; in an --out that is there, these alone are replaced",
+    )
     parser.add_argument("--scenario", type=int, metavar="SEED", help="that one again, of --only")
     parser.add_argument("--out", metavar="FILE.json", help="and the table beside it, as .md")
     parser.add_argument("--keep", action="store_true", help="keep the workspaces")
@@ -208,6 +216,19 @@ def tell(kind: Kind, story: "Story") -> None:
     if story.wrong:
         again = f"--only {kind.name} --scenario {story.seed}"
         say(f"{'':<11} again: python tests/chaos/run.py {again}")
+
+
+def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """An earlier result with the kinds of this run in place of its own."""
+    names = {row["kind"] for row in now["kinds"]}
+    rows = {row["kind"]: row for row in (*before["kinds"], *now["kinds"])}
+    kept = [story for story in before["scenarios"] if story["of"] not in names]
+    return {
+        **now,
+        "seconds": sum(row["seconds"] for row in rows.values()),
+        "kinds": [rows[kind.name] for kind in kinds() if kind.name in rows],
+        "scenarios": [*kept, *now["scenarios"]],
+    }
 
 
 def table(found: dict[str, Any]) -> str:
