@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 
-HEAD_PATIENCE = 40.0  # seconds; after 60 Ray ends the process, wherever it stands
+# Seconds. Later (60, of our own head 20) Ray ends the process, wherever it stands.
+HEAD_PATIENCE = 40.0
+OWN_HEAD_PATIENCE = 10.0
 
 
 class RayExecutor:
@@ -61,6 +63,7 @@ class RayExecutor:
         self.remote = functools.cache(ray.remote(max_calls=1))
         self._capacity, self._looked = Resources(0), -math.inf
         self._heard = time.monotonic()  # from the head
+        self._patience = OWN_HEAD_PATIENCE if address == "local" else HEAD_PATIENCE
 
     def capacity(self) -> Resources:
         """What there is in all, as of a second ago. Raises HeadLost."""
@@ -72,16 +75,16 @@ class RayExecutor:
         return self._capacity
 
     def _head_answers(self) -> bool:
-        """Asked before Ray is, which would wait. Raises HeadLost after HEAD_PATIENCE."""
+        """Asked before Ray is, which would wait. Raises HeadLost when out of patience."""
         host, _, port = self.head.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            if time.monotonic() - self._heard < HEAD_PATIENCE:
+            if time.monotonic() - self._heard < self._patience:
                 return False
             raise HeadLost(
                 f"the head of the Ray cluster at {self.head} has not answered for "
-                f"{HEAD_PATIENCE:.0f} s; the same command goes on once there is a head again"
+                f"{self._patience:.0f} s; the same command goes on once there is a head again"
             ) from None
         self._heard = time.monotonic()
         return True
