@@ -16,6 +16,7 @@ def main() -> None:
             "num_cpus": 2,
             "include_dashboard": True,
             "gcs_server_port": int(sys.argv[1]),
+            "dashboard_port": int(sys.argv[2]),
         },
     )
     nodes = [cluster.head_node, *(cluster.add_node(num_cpus=2) for _ in range(2))]

@@ -122,8 +122,14 @@ def stop(bench: Bench, seed: int, faults: int) -> Story:
         watch = Watch(place)
         stages = draw.sample(("reference", "teacher", "isolate", "distill", "evaluate"), faults)
         for stage in sorted(stages, key=STAGES.index):
+            said = place.log.stat().st_size if place.log.exists() else 0
             process = place.spawn()
-            if not _until(place, process, lambda stage=stage: begun(place, stage)):
+
+            def ready(stage: str = stage, said: int = said) -> bool:
+                """Not before it listens: what an earlier run began is there at once."""
+                return begun(place, stage) and place.log.stat().st_size > said
+
+            if not _until(place, process, ready):
                 break
             place.meet(process.pid)
             process.send_signal(signal.SIGTERM)
@@ -215,8 +221,7 @@ class Nodes:
         self.log = bench.root / f"{name}.cluster.log"
         self.cache = bench.root / name / "cache"
         self.token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.ports = [_free_port(), _free_port()]  # of the head, of the dashboard
         self.said: dict[str, Any] = {}
 
     def __enter__(self) -> "Nodes":
@@ -233,7 +238,7 @@ class Nodes:
         environment.pop("RAY_ADDRESS", None)
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.chaos.ray_cluster", str(self.port)],
+                [sys.executable, "-m", "tests.chaos.ray_cluster", *map(str, self.ports)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -269,3 +274,9 @@ class Nodes:
                 continue
         self.process.wait()
         psutil.wait_procs(family, timeout=20)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port

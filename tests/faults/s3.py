@@ -8,13 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
 KEY, SECRET = "cmforge-tests", "cmforge-tests-secret"
-_STARTS_WITHIN = 90.0  # seconds
+_STARTS_WITHIN = 240.0  # seconds
 
 
 class Server(Protocol):
@@ -49,6 +50,7 @@ def server(folder: Path) -> Iterator[Server]:
     """A started server with an empty bucket; logs and data below `folder`."""
     prefix = os.environ.get("CMFORGE_CEPH")
     folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=folder))
     one: Moto | Radosgw = Radosgw(Path(prefix), folder) if prefix else Moto(folder)
     try:
         one.start()
