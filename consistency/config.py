@@ -28,8 +28,9 @@ class NoiseConfig:
     sigma_data: float = 0.5
     rho: float = 7.0
     # What the network is told of sigma: ln(sigma) / 4 (EDM), or the angle atan(sigma / sigma_data)
-    # (TrigFlow, made for sCM). One network cannot be used under the other convention.
-    c_noise: Literal["log_sigma", "angle"] = "log_sigma"
+    # (TrigFlow, made for sCM), or 1000 ln(sigma) / 4 (the checkpoints of Song et al. 2023, and
+    # diffusers). One network cannot be used under another convention.
+    c_noise: Literal["log_sigma", "log_sigma_1000", "angle"] = "log_sigma"
 
     def __post_init__(self) -> None:
         require(self.sigma_min > 0, f"sigma_min: {self.sigma_min} must be > 0")
@@ -56,6 +57,7 @@ class NetworkConfig:
     adagn: Literal["shift", "scale_shift", "double_norm"] | None = None
     head_channels: int | None = None  # width of an attention head; None: 64 for adm, else one head
     fourier_scale: float = 16.0  # ncsnpp: std of its random frequencies (0.02 for iCT and sCM)
+    groups: int | None = None  # of every group norm; None: EDM's, see `norm_groups`
 
     def __post_init__(self) -> None:
         require(
@@ -68,6 +70,7 @@ class NetworkConfig:
         )
         require(self.num_blocks >= 1, f"num_blocks: {self.num_blocks} must be >= 1")
         require(self.fourier_scale > 0, f"fourier_scale: {self.fourier_scale} must be > 0")
+        require(self.groups is None or self.groups >= 1, f"groups: {self.groups} must be >= 1")
         require(
             self.head_channels is None or self.head_channels >= 1,
             f"head_channels: {self.head_channels} must be >= 1",
@@ -77,11 +80,11 @@ class NetworkConfig:
             f"attention: {list(self.attention)} must hold sides in pixels, each >= 1",
         )
         for width in sorted(self._widths()):
-            groups = norm_groups(width)
+            groups = norm_groups(width, self.groups)
             require(
                 width % groups == 0,
                 f"channels: {self.channels} makes a layer of {width} channels, which does not "
-                f"divide into {groups} groups; take a multiple of 32",
+                f"divide into {groups} groups; take a multiple of {max(32, groups)}",
             )
 
     def heads(self, width: int) -> int:
@@ -112,9 +115,9 @@ class NetworkConfig:
         return widths
 
 
-def norm_groups(width: int) -> int:
-    """Groups of a GroupNorm: at least 4 channels in each, at most 32 groups (EDM)."""
-    return min(32, width // 4)
+def norm_groups(width: int, groups: int | None = None) -> int:
+    """Groups of a GroupNorm: those asked for, or EDM's (at least 4 channels each, at most 32)."""
+    return min(32, width // 4) if groups is None else groups
 
 
 def check_network(network: NetworkConfig, size: int) -> None:

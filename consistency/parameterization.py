@@ -17,15 +17,17 @@ from torch import Tensor, nn
 
 from consistency.schedules import sigma_to_angle
 
-NoiseLabel = Literal["log_sigma", "angle"]
+NoiseLabel = Literal["log_sigma", "log_sigma_1000", "angle"]
 
 
 def noise_label(sigma: Tensor, sigma_data: float, c_noise: NoiseLabel = "log_sigma") -> Tensor:
-    """What the network is told of sigma: ln(sigma) / 4 (EDM) or atan(sigma / sigma_data) (sCM)."""
+    """What the network is told of sigma: ln(sigma) / 4 (EDM), 1000 times that (the checkpoints of
+    Song et al. 2023), or atan(sigma / sigma_data) (sCM)."""
     if c_noise == "angle":
         return sigma_to_angle(sigma, sigma_data)
     # Level 0 occurs (ECT's r = 0) and must stay finite: there c_out = 0 silences the network.
-    return sigma.clamp_min(torch.finfo(torch.float32).tiny).log() / 4
+    label = sigma.clamp_min(torch.finfo(torch.float32).tiny).log() / 4
+    return 1000 * label if c_noise == "log_sigma_1000" else label
 
 
 def edm_coefficients(

@@ -25,6 +25,7 @@ class ADM(UNet):
         return Style(
             adagn=network.adagn or "scale_shift",
             eps=1e-5,
+            groups=network.groups,
             skip_scale=1.0,
             project=False,
             smooth=False,
@@ -52,7 +53,7 @@ class ADM(UNet):
         return F.silu(emb + self._class_rows(labels, emb) if self.num_classes else emb)
 
     def _add_output(self, c: int, style: Style, init: Init) -> None:
-        self.out_norm = GroupNorm(c, style.eps)
+        self.out_norm = GroupNorm(c, style.eps, style.groups)
         self.out_conv = init.conv(c, self.image_channels, 3, style.last_gain)
 
     def _output(self, h: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ class Style:
     init: Literal["xavier", "fan_in"]
     last_gain: float  # on the initial weights of the last layer of a residual branch
     attention_gain: float  # on those of qkv
+    groups: int | None = None  # of the group norms; None: EDM's rule, see `norm_groups`
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class Block(nn.Module):
         super().__init__()
         self.c_in, self.c_out, self.style = c_in, c_out, style
         self.heads, self.resample, self.dropout = heads, resample, dropout
-        self.norm0 = GroupNorm(c_in, style.eps)
+        self.norm0 = GroupNorm(c_in, style.eps, style.groups)
         self.conv0 = init.conv(c_in, c_out, 3)
         self.affine = init.linear(emb_width, c_out if style.adagn == "shift" else 2 * c_out)
-        self.norm1 = GroupNorm(c_out, style.eps)
+        self.norm1 = GroupNorm(c_out, style.eps, style.groups)
         self.conv1 = init.conv(c_out, c_out, 3, style.last_gain)
         self.register_buffer(
             "fir", smooth_filter() if style.smooth and resample else None, persistent=False
@@ -125,7 +126,7 @@ class Block(nn.Module):
         projected = c_in != c_out or (resample != 0 and style.project)
         self.skip = init.conv(c_in, c_out, 1) if projected else None
         if heads:
-            self.norm2 = GroupNorm(c_out, style.eps)
+            self.norm2 = GroupNorm(c_out, style.eps, style.groups)
             self.qkv = init.conv(c_out, 3 * c_out, 1, style.attention_gain)
             self.proj = init.conv(c_out, c_out, 1, style.last_gain)
 
@@ -214,13 +215,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """At least 4 channels in a group, at most 32 groups. The statistics are fp32 under autocast.
+    """`norm_groups` of the channels. The statistics are fp32 under autocast.
 
     Its own forward-mode rule: torch's views its input as if it were contiguous, and is slower.
     """
 
-    def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(norm_groups(channels), channels, eps)
+    def __init__(self, channels: int, eps: float, groups: int | None = None) -> None:
+        super().__init__(norm_groups(channels, groups), channels, eps)
 
     def forward(self, x: Tensor) -> Tensor:
         x, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]

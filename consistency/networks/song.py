@@ -29,6 +29,7 @@ class SongUNet(UNet):
         return Style(
             adagn=network.adagn or "shift",
             eps=1e-6,
+            groups=network.groups,
             skip_scale=SQRT_HALF,
             project=True,
             smooth=network.architecture == "ncsnpp",
@@ -66,7 +67,7 @@ class SongUNet(UNet):
 
     def _add_output(self, c: int, style: Style, init: Init) -> None:
         top = f"{self.size}x{self.size}"
-        self.dec[f"{top}_aux_norm"] = GroupNorm(c, style.eps)
+        self.dec[f"{top}_aux_norm"] = GroupNorm(c, style.eps, style.groups)
         self.dec[f"{top}_aux_conv"] = init.conv(c, self.image_channels, 3, style.last_gain)
 
     def _output(self, h: Tensor) -> Tensor:

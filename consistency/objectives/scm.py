@@ -138,4 +138,6 @@ def normalize_tangent(g: Tensor, c: float = 0.1, norm: Literal["l2", "rms"] = "l
 
 def label_rate(t: Tensor, c_noise: NoiseLabel) -> Tensor:
     """cos(t) sin(t) d c_noise/dt: cos(t) sin(t) for the angle, 1/4 for ln(sigma) / 4."""
-    return t.cos() * t.sin() if c_noise == "angle" else torch.full_like(t, 0.25)
+    if c_noise == "angle":
+        return t.cos() * t.sin()
+    return torch.full_like(t, 250.0 if c_noise == "log_sigma_1000" else 0.25)
