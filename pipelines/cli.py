@@ -19,6 +19,11 @@ exit codes:
   141  nobody reads the output any more (`cmforge plan | head`)
 """
 
+MODEL = (
+    "models:/NAME@ALIAS, a model folder, or teacher, distill, isolate, truncate of the workspace "
+    "(default: the model registered from it)"
+)
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -140,8 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "model",
         nargs="?",
-        help="models:/NAME@ALIAS, a model folder, or teacher, distill, isolate, truncate of the "
-        "workspace (default: the model registered from it)",
+        help=MODEL,
     )
     sample.add_argument("--num", type=int, default=40, help="how many images (default 40)")
     sample.add_argument("--steps", type=int, help="evaluations (default 1; a teacher: 18 of Heun)")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from infra import gate, storage, temporary
 from infra.errors import UserError
-from pipelines import png, sample
+from pipelines import models, png
 from pipelines.scoring import Job, Measured, Subject, in_process, measure_all
 from pipelines.yardstick import Yardstick
 
 if TYPE_CHECKING:
+    from consistency.published import ModelDescription
     from pipelines.recipe import Recipe
 
 COLUMNS = 10
@@ -37,10 +38,18 @@ def show(
     measured as the recipe's evaluation would, on this machine.
     """
     config = recipe.evaluate
-    with tempfile.TemporaryDirectory(dir=temporary.root()) as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir=temporary.root()) as scratch,
+        contextlib.ExitStack() as opened,
+    ):
         subjects = [
-            _subject(name, recipe, yardstick, workspace, tracking_uri, Path(scratch) / str(number))
-            for number, name in enumerate(names)
+            _subject(
+                name,
+                *opened.enter_context(models.located(name, workspace, tracking_uri)),
+                recipe,
+                yardstick,
+            )
+            for name in names
         ]
         jobs = [
             Job(
@@ -121,25 +130,11 @@ def _sheet(found: Sequence[Measured]) -> Any:
 
 
 def _subject(
-    name: str,
-    recipe: "Recipe",
-    yardstick: Yardstick,
-    workspace: str,
-    tracking_uri: str,
-    scratch: Path,
+    name: str, folder: Path, about: "ModelDescription", recipe: "Recipe", yardstick: Yardstick
 ) -> Subject:
     """A model as the evaluation wants it: weights by URL and hash, levels as the recipe's."""
-    from consistency.published import ModelDescription
-
-    scratch.mkdir()
-    if name.startswith("models:"):
-        folder, about = _downloaded(name, tracking_uri, scratch)
-    else:
-        folder, _ = sample.folder_of(name, workspace)
-        about = replace(
-            ModelDescription.from_json((folder / "config.json").read_text()),
-            mid_sigma=recipe.evaluate.mid_sigma,
-        )
+    if not name.startswith("models:"):  # a registered one is measured as it is served
+        about = replace(about, mid_sigma=recipe.evaluate.mid_sigma)
     network = yardstick.network
     mine, theirs = (about.size, about.channels), (network.size, network.channels)
     if mine != theirs:
@@ -154,20 +149,3 @@ def _subject(
         weights_url=str(weights),
         weights_sha256=storage.sha256(str(weights)),
     )
-
-
-def _downloaded(name: str, tracking_uri: str, scratch: Path) -> tuple[Path, Any]:
-    """A registered model's weights as safetensors; its description is how it is served."""
-    import torch
-    from safetensors.torch import save_file
-
-    from consistency.published import ModelDescription
-    from infra import tracking
-
-    folder = tracking.download_model(tracking_uri, name, scratch)
-    with contextlib.suppress(FileNotFoundError):
-        about = ModelDescription.from_json((folder / "artifacts" / "config.json").read_text())
-        weights = torch.load(folder / "artifacts" / "weights.pt", weights_only=True)
-        save_file({k: v.contiguous() for k, v in weights.items()}, scratch / "weights.safetensors")
-        return scratch, about
-    raise UserError(f"{name} is not a model that cmforge registered")

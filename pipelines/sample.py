@@ -2,20 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from infra import storage
 from infra.errors import UserError
-from pipelines import png
-from pipelines.artifacts import Evaluation, from_json
-from pipelines.steps import select_ema
+from pipelines import models, png
 
 MAX_IMAGES = 10_000
 TEACHER_STEPS = 18
-CANDIDATES = ("distill", "isolate", "truncate")
-STEPS = ("teacher", *CANDIDATES, *map(select_ema.step_name, CANDIDATES))
 
 
 def draw(
@@ -53,7 +48,7 @@ def draw(
             assert model is not None
             images = _from_registry(model, tracking_uri, num, steps or 1, seed, label)
         else:
-            loaded = _load(*folder_of(model, workspace))
+            loaded = models.load(model, workspace, "")
             denoiser = loaded.description.kind == "denoiser"
             default = TEACHER_STEPS if denoiser else len(levels or [0])
             images = loaded.generate(
@@ -88,63 +83,6 @@ def _from_registry(model: str, uri: str, num: int, steps: int, seed: int, label:
     return tracking.predict(uri, model, num, {**params, "output": "uint8"})
 
 
-def _load(folder: Path, mid_sigma: float | None) -> Any:
-    from consistency import published
-
-    try:
-        loaded = published.load(folder)
-        if mid_sigma is None:
-            return loaded
-        return replace(loaded, description=replace(loaded.description, mid_sigma=mid_sigma))
-    except Exception as error:  # JSON, safetensors and torch each have their own for damage
-        raise UserError(f"{folder} is not a whole model: {str(error).splitlines()[0]}") from error
-
-
-def folder_of(model: str | None, workspace: str) -> tuple[Path, float | None]:
-    """A model folder, and the second noise level it was evaluated with where that is known."""
-    if model is not None and model not in STEPS:
-        folder = Path(model)
-        if not (folder / "weights.safetensors").is_file():
-            raise UserError(
-                f"{model}: no such model; give models:/NAME@ALIAS, a folder with "
-                f"weights.safetensors and config.json, or one of {', '.join(STEPS)}"
-            )
-        return folder, None
-    if not storage.is_local(workspace):
-        raise UserError("sampling from a remote workspace: give the registered model, models:/...")
-    from pipelines import dag
-
-    if model is not None:
-        record = dag.latest_record(model, workspace)
-        if record is None:
-            raise UserError(f"step {model} has no result in workspace {workspace}; run a recipe")
-        return _files(workspace, record), None
-    # The very files that were registered last, sampled as they were scored.
-    registered = dag.latest_record("register", workspace)
-    if registered is None:
-        raise UserError(f"no model in workspace {workspace} yet; run a recipe, or name a model")
-    candidate = registered["value"]["candidate"]
-    try:
-        evaluated = from_json(Evaluation, _input(workspace, registered, "evaluate")["value"])
-    except (TypeError, KeyError):
-        raise UserError(
-            f"workspace {workspace} is another version's; run the recipe again, or name a model"
-        ) from None
-    return _files(workspace, _input(workspace, registered, candidate)), evaluated.mid_sigma
-
-
-def _input(workspace: str, record: dict[str, Any], name: str) -> dict[str, Any]:
-    """The record of one input of a recorded step: of that name, or a selection of its EMAs."""
-    from pipelines import dag
-
-    inputs = {i["name"]: i["fingerprint"] for i in record["identity"]["inputs"]}
-    for step in (name, select_ema.step_name(name)):
-        home = dag.home_at(workspace, step, inputs[name])
-        if storage.exists(storage.join(home, "COMMIT.json")):
-            return dag.read_record(home)
-    raise UserError(f"the {name} registered last is gone from workspace {workspace}; run it again")
-
-
 def _require_null_class(workspace: str) -> None:
     """Guidance leans on what the teacher says without a class: it must have learned that."""
     from pipelines import dag
@@ -158,10 +96,3 @@ def _require_null_class(workspace: str) -> None:
             "--guidance: this teacher learned no null class; train it with "
             "teacher.label_dropout=0.1"
         )
-
-
-def _files(workspace: str, record: dict[str, Any]) -> Path:
-    from pipelines.dag import home_at
-
-    home = home_at(workspace, record["step"], record["fingerprint"])
-    return Path(storage.join(home, "attempts", record["attempt"]))

@@ -19,7 +19,7 @@ from consistency.evaluation.domain import feature_net_for
 from consistency.evaluation.frechet import GaussianStats
 from infra import tracking
 from infra.errors import UserError
-from pipelines import compare
+from pipelines import compare, models
 from pipelines.config import load_recipe
 from pipelines.yardstick import FeatureNetwork, Yardstick
 from tests.scores import DOMAIN, reference
@@ -145,13 +145,13 @@ def test_a_registered_model_is_sampled_as_it_is_served(
         return folder / "model"
 
     monkeypatch.setattr(tracking, "download_model", download)
-    folder = tmp_path / "scratch"
-    subject = compare._subject("models:/m@champion", RECIPE, yardstick, "", "", folder)
-    assert published.ModelDescription.from_json(subject.description) == served
-    drawn = subject.load("cpu").generate(range(5), steps=2, seed=3)
+    with models.located("models:/m@champion", "", "") as (folder, about):
+        subject = compare._subject("models:/m@champion", folder, about, RECIPE, yardstick)
+        assert published.ModelDescription.from_json(subject.description) == served
+        drawn = subject.load("cpu").generate(range(5), steps=2, seed=3)
     own = published.build(served, published.load(tmp_path / "one").function.net.state_dict())
     np.testing.assert_array_equal(drawn, own.generate(range(5), steps=2, seed=3))
 
     monkeypatch.setattr(tracking, "download_model", lambda uri, name, folder: folder)
     with pytest.raises(UserError, match="not a model that cmforge registered"):
-        compare._subject("models:/m/1", RECIPE, yardstick, "", "", tmp_path / "other")
+        models.load("models:/m/1", "", "")
