@@ -100,11 +100,13 @@ def folder_of(model: str | None, workspace: str, scratch: Path) -> tuple[Path, f
 def _fetched(folder: str, scratch: Path) -> Path:
     """A folder of any store, here."""
     missing = [name for name in FILES if not storage.exists(storage.join(folder, name))]
-    if missing:
+    if FILES[0] in missing:
         raise UserError(
-            f"{folder}: no such model ({missing[0]} is not there); give models:/NAME@ALIAS, a "
-            f"folder with {' and '.join(FILES)}, or one of {', '.join(STEPS)}"
+            f"{folder}: no such model; give models:/NAME@ALIAS, a folder with "
+            f"{' and '.join(FILES)}, or one of {', '.join(STEPS)}"
         )
+    if missing:
+        raise UserError(f"{folder} is not a whole model: {missing[0]} is not there")
     if storage.is_local(folder):
         return Path(storage.absolute(folder))
     for name in FILES:
