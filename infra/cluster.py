@@ -21,7 +21,7 @@ import ray
 import ray.exceptions
 
 from infra import ray_environment, storage
-from infra.errors import HeadLost, UserError, WorkerLost
+from infra.errors import HeadLost, Preempted, UserError, WorkerLost
 from infra.resources import Resources
 
 if TYPE_CHECKING:
@@ -49,12 +49,17 @@ class RayExecutor:
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, **settings)
-            signal.signal(signal.SIGTERM, handler)  # Ray's would exit there and then
+        except SystemExit as left:  # by Ray's own handler of SIGTERM, which it sets first of all
+            if left.code != signal.SIGTERM:
+                raise
+            raise Preempted("asked to stop by SIGTERM while Ray started") from None
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"no Ray cluster at address {address!r} ({error}); start one, set RAY_ADDRESS, "
                 f"or use --cluster laptop"
             ) from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         # Steps call Ray Train, which asks the State API of *this* cluster.
         self.head: str = ray.get_runtime_context().gcs_address
         self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": self.head}
