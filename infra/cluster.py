@@ -20,17 +20,15 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
-from infra import ray_environment, storage
-from infra.errors import HeadLost, UserError, WorkerLost
+from infra import guardian, ray_environment, storage
+from infra.errors import HeadLost, Preempted, UserError, WorkerLost
 from infra.resources import Resources
 
 if TYPE_CHECKING:
     import torch
 
 
-# Seconds. Later (60, of our own head 20) Ray ends the process, wherever it stands.
-HEAD_PATIENCE = 40.0
-OWN_HEAD_PATIENCE = 10.0
+HEAD_PATIENCE = 40.0  # seconds; after 60 Ray ends the process, wherever it stands
 
 
 class RayExecutor:
@@ -46,15 +44,21 @@ class RayExecutor:
             quoted = shlex.quote(sys.executable)
             if quoted != sys.executable:
                 settings["runtime_env"] = {"py_executable": quoted}
+        self._guardian = guardian.start(os.getpid()) if address == "local" else None
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, **settings)
-            signal.signal(signal.SIGTERM, handler)  # Ray's would exit there and then
+        except SystemExit as left:  # by Ray's own handler of SIGTERM, which it sets first of all
+            if left.code != signal.SIGTERM:
+                raise
+            raise Preempted("asked to stop by SIGTERM while Ray started") from None
         except (ConnectionError, ValueError) as error:
             raise UserError(
                 f"no Ray cluster at address {address!r} ({error}); start one, set RAY_ADDRESS, "
                 f"or use --cluster laptop"
             ) from error
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         # Steps call Ray Train, which asks the State API of *this* cluster.
         self.head: str = ray.get_runtime_context().gcs_address
         self.environment = {**ray_environment.TASKS, "RAY_ADDRESS": self.head}
@@ -63,7 +67,6 @@ class RayExecutor:
         self.remote = functools.cache(ray.remote(max_calls=1))
         self._capacity, self._looked = Resources(0), -math.inf
         self._heard = time.monotonic()  # from the head
-        self._patience = OWN_HEAD_PATIENCE if address == "local" else HEAD_PATIENCE
 
     def capacity(self) -> Resources:
         """What there is in all, as of a second ago. Raises HeadLost."""
@@ -75,16 +78,16 @@ class RayExecutor:
         return self._capacity
 
     def _head_answers(self) -> bool:
-        """Asked before Ray is, which would wait. Raises HeadLost when out of patience."""
+        """Asked before Ray is, which would wait. Raises HeadLost after HEAD_PATIENCE."""
         host, _, port = self.head.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
         except OSError:
-            if time.monotonic() - self._heard < self._patience:
+            if time.monotonic() - self._heard < HEAD_PATIENCE:
                 return False
             raise HeadLost(
                 f"the head of the Ray cluster at {self.head} has not answered for "
-                f"{self._patience:.0f} s; the same command goes on once there is a head again"
+                f"{HEAD_PATIENCE:.0f} s; the same command goes on once there is a head again"
             ) from None
         self._heard = time.monotonic()
         return True
@@ -126,6 +129,9 @@ class RayExecutor:
 
     def close(self) -> None:
         ray.shutdown()
+        if self._guardian is not None:
+            self._guardian.kill()
+            self._guardian.communicate()
 
 
 MOST_RESTARTS = 100  # of training workers; those that get no further end themselves before

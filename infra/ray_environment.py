@@ -23,6 +23,3 @@ def prepare(address: str) -> None:
         assert "ray" not in sys.modules, "Ray has read its environment already"
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        # A killed driver takes its head with it. Ray's agents tell that to the head before they
-        # leave, and would wait a minute for the answer.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")

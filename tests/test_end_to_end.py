@@ -239,6 +239,31 @@ def test_a_polite_kill_and_ctrl_c_stop_cleanly_say_how_to_go_on_and_leave_no_pro
     assert "register" not in records(space)
 
 
+def test_a_polite_kill_while_ray_starts_ends_like_any_other(tmp_path):
+    """Ray has a handler of its own then, which would exit with 15."""
+    import psutil
+
+    def family():
+        return psutil.Process(driver.pid).children(recursive=True)
+
+    out = tmp_path / "out.log"
+    with out.open("w") as log:
+        driver = subprocess.Popen(
+            command(tmp_path / "space"), stdout=log, stderr=log, env=environment()
+        )
+        end = time.monotonic() + DEADLINE
+        while not any("gcs_server" in process.name() for process in family()):
+            assert driver.poll() is None, out.read_text()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        started_by_it = family()
+        driver.terminate()
+        assert driver.wait(timeout=60) == 3, out.read_text()
+    assert "Ray started; the same command goes on where it stopped" in out.read_text()
+    _, alive = psutil.wait_procs(started_by_it, timeout=20)
+    assert alive == []
+
+
 def test_every_stage_there_is_runs_once_and_a_new_selection_trains_nothing(tmp_path):
     import mlflow
     import numpy as np
