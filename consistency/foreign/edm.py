@@ -131,9 +131,6 @@ def from_edm(
     config, size, channels = _describe(bare, architecture)
     classes = _dimension(bare, "map_label.weight", 1) if "map_label.weight" in bare else 0
     _check_arguments({**outer, **inner}, config, size, channels, classes)
-    kept = {key: tensor for key, tensor in bare.items() if not _left_out(key)}
-    expected = shapes_of(config, size=size, image_channels=channels, num_classes=classes)
-    require_fit(kept, expected)
     described = ModelDescription(
         kind=kind,
         network=config,
@@ -143,6 +140,9 @@ def from_edm(
         class_names=named_classes(classes, class_names),
         boundary=_boundary(wrapper, outer),
     )
+    expected = shapes_of(described)
+    kept = {key: tensor for key, tensor in bare.items() if not _left_out(key)}
+    require_fit(kept, expected)
     return described, {key: as_float32(kept[key]) for key in expected}
 
 
@@ -170,8 +170,8 @@ def _architecture(
     for name, wanted in zip(_SONG, _PUBLISHED[architecture], strict=True):
         if asked[name] != wanted:
             raise ValueError(
-                f"{name}: {asked[name]!r} beside embedding_type {asked['embedding_type']!r}; our "
-                f"{architecture} has {wanted!r}"
+                f"{name}: {str(asked[name])[:100]} beside {asked['embedding_type']} embedding; our "
+                f"{architecture} has {wanted}"
             )
     return architecture
 
@@ -229,7 +229,8 @@ def _check_arguments(
     }
     for name, value in told.items():
         if name in given and _plain(given[name]) != value:
-            raise ValueError(f"{name}: {given[name]!r}, but the network here has {value!r}")
+            asked = repr(given[name])[:100]
+            raise ValueError(f"{name}: {asked}, but the network here has {value!r}")
 
 
 def _noise(wrapper: Constructed | None, outer: Mapping[str, Any]) -> NoiseConfig:

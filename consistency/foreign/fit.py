@@ -5,25 +5,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from consistency import networks
-from consistency.config import NetworkConfig
+from consistency.published import ModelDescription, build_network
 
 Shape = tuple[int, ...]
 
 LISTED = 20  # names in one message
 
 
-def shapes_of(
-    network: NetworkConfig, *, size: int, image_channels: int, num_classes: int
-) -> dict[str, Shape]:
+def shapes_of(description: ModelDescription) -> dict[str, Shape]:
     """Every key of our network's state dict and its shape; no memory is taken for weights."""
-    net = networks.build(
-        network,
-        size=size,
-        image_channels=image_channels,
-        num_classes=num_classes,
-        device="meta",
-    )
+    net = build_network(description, device="meta")
     return {key: tuple(tensor.shape) for key, tensor in net.state_dict().items()}
 
 
@@ -33,7 +24,9 @@ def require_fit(found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> N
     Integers and values that are not finite are as wrong as a wrong shape.
     """
     wrong = [f"{key} {list(expected[key])} is missing" for key in expected.keys() - found.keys()]
-    wrong += [f"{key} {list(found[key].shape)} is unknown" for key in found.keys() - expected.keys()]
+    wrong += [
+        f"{key} {list(found[key].shape)} is unknown" for key in found.keys() - expected.keys()
+    ]
     for key in found.keys() & expected.keys():
         tensor = found[key]
         if tuple(tensor.shape) != expected[key]:

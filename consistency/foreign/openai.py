@@ -1,7 +1,7 @@
 """The ADM U-Net of OpenAI's consistency models (Song et al. 2023) as ours, and back.
 
 Their files are plain state dicts: `edm_*` (denoisers), `cd_*` and `ct_*` (consistency models) of
-ImageNet-64 and LSUN-256. It is our `adm` with 32 groups in every norm; what differs is written here:
+ImageNet-64 and LSUN-256. The network is our `adm` with 32 groups in every norm, but for
 
     names        input_blocks, middle_block, output_blocks are numbered through; see `parts`
     qkv          their rows run (q|k|v, head, width), ours (head, width, q|k|v)
@@ -27,6 +27,16 @@ HEAD_CHANNELS = 64  # of all published files
 BOUNDARY = 0.002
 _SIZES = {(1000, 4): 64, (0, 6): 256}  # published: (classes, resolutions) -> side
 
+# The second of two noise levels, as published (indices of their grids, here as sigma).
+_MID_SIGMAS = {
+    "cd_imagenet64": 1.382,
+    "ct_imagenet64": 1.913,
+    "cd_bedroom256_lpips": 4.366,
+    "cd_bedroom256_l2": 3.520,
+    "ct_bedroom256": 3.991,
+    "ct_cat256": 5.249,
+}
+
 # Ours -> theirs, within a residual block and within its attention.
 _RESIDUAL = {
     "norm0": "in_layers.0",
@@ -51,6 +61,12 @@ def kind_of(name: str) -> Kind | None:
     return "consistency" if name.startswith(("cd_", "ct_")) else None
 
 
+def mid_sigma_of(name: str) -> float:
+    """The second noise level that a published file of this name was sampled with, else iCT's."""
+    known = (sigma for start, sigma in _MID_SIGMAS.items() if name.startswith(start))
+    return next(known, ModelDescription.mid_sigma)
+
+
 def from_openai(
     tensors: Mapping[str, Tensor],
     *,
@@ -66,17 +82,15 @@ def from_openai(
     """
     description = _describe(tensors, kind, size, head_channels, class_names)
     names = parts(description)
-    ours = _shapes(description)
+    ours = shapes_of(description)
     expected = {names[key]: _their_shape(key, shape) for key, shape in ours.items()}
     require_fit(tensors, expected)
     weights = {key: as_float32(_to_ours(key, tensors[names[key]])) for key in ours}
     return description, weights
 
 
-def to_openai(
-    description: ModelDescription, weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """A state dict of theirs with these weights. Raises ValueError for a network that is not theirs.
+def to_openai(description: ModelDescription, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of theirs with these weights. Raises ValueError for another network.
 
     What OpenAI's network computes from it is ours under `c_noise: log_sigma_1000`.
     """
@@ -85,7 +99,7 @@ def to_openai(
         raise ValueError("network: only an adm with 32 groups has OpenAI's layout")
     if network.adagn == "double_norm":
         raise ValueError("adagn: double_norm has no equal in OpenAI's layout")
-    require_fit(weights, _shapes(description))
+    require_fit(weights, shapes_of(description))
     names = parts(description)
     return {names[key]: _to_theirs(key, tensor).contiguous() for key, tensor in weights.items()}
 
@@ -207,15 +221,6 @@ def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int) -> Shape:
     if len(shape) != dimensions or 0 in shape:
         raise ValueError(f"tensors that do not fit: {key} is {list(shape)}")
     return shape
-
-
-def _shapes(description: ModelDescription) -> dict[str, Shape]:
-    return shapes_of(
-        description.network,
-        size=description.size,
-        image_channels=description.channels,
-        num_classes=description.num_classes,
-    )
 
 
 def _their_shape(key: str, shape: Shape) -> Shape:
