@@ -20,8 +20,8 @@ exit codes:
 """
 
 MODEL = (
-    "models:/NAME@ALIAS, a model folder, or teacher, distill, isolate, truncate of the workspace "
-    "(default: the model registered from it)"
+    "models:/NAME@ALIAS, a model folder or file, or teacher, distill, isolate, truncate of the "
+    "workspace (default: the model registered from it)"
 )
 
 Command = Callable[[argparse.Namespace], int]
@@ -160,6 +160,24 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--class", dest="label", type=int, help="class number (default: all)")
     sample.add_argument("--out", default="samples.png", metavar="FILE")
+
+    text = "take a model of another project, or of ours from elsewhere, as a model folder"
+    take = described("import", text)
+    take.set_defaults(command=commands.import_model)
+    take.add_argument(
+        "source", metavar="SOURCE", help="a .pt, .pkl or .safetensors file, a folder, or a URL"
+    )
+    take.add_argument("--out", required=True, metavar="URI", help="the folder to be made")
+    take.add_argument(
+        "--kind", choices=("denoiser", "consistency"), help="where neither file nor name tells"
+    )
+    take.add_argument("--size", type=int, metavar="N", help="side of the images, likewise")
+    take.add_argument(
+        "--head-channels", type=int, metavar="N", help="width of the attention heads, likewise (64)"
+    )
+    take.add_argument(
+        "--classes", metavar="FILE|a,b,c", help="names of the classes (default: their numbers)"
+    )
     cost = add(
         "estimate", commands.estimate, "print FLOPs, GPU-hours and memory before anything starts"
     )

@@ -206,6 +206,23 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def import_model(arguments: argparse.Namespace) -> int:
+    from pipelines import importing
+
+    named = arguments.classes
+    imported = importing.read(
+        arguments.source,
+        kind=arguments.kind,
+        size=arguments.size,
+        head_channels=arguments.head_channels,
+        classes=None if named is None else importing.class_names(named),
+    )
+    for line in importing.summary(imported):
+        print(line)
+    print(importing.write(imported, arguments.out))
+    return 0
+
+
 def estimate(arguments: argparse.Namespace) -> int:
     from pipelines import estimate
 

@@ -1,4 +1,5 @@
-"""A model by the name a person gives it: `models:/NAME@ALIAS`, a step of the workspace, a folder.
+"""A model by the name a person gives it: `models:/NAME@ALIAS`, a step of the workspace, a folder,
+or a file of another project that can be imported.
 
 Each becomes a local folder with `weights.safetensors` and a description. Commands that take "any
 model" go through here.
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from infra import storage, temporary
 from infra.errors import UserError
+from pipelines import importing
 from pipelines.artifacts import Evaluation, from_json
+from pipelines.model_record import FILES
 from pipelines.steps import select_ema
 
 if TYPE_CHECKING:
@@ -21,7 +24,6 @@ if TYPE_CHECKING:
 
 CANDIDATES = ("distill", "isolate", "truncate")
 STEPS = ("teacher", *CANDIDATES, *map(select_ema.step_name, CANDIDATES))
-FILES = ("weights.safetensors", "config.json")
 
 
 def load(name: str | None, workspace: str, tracking_uri: str) -> "PublishedModel":
@@ -98,20 +100,19 @@ def folder_of(model: str | None, workspace: str, scratch: Path) -> tuple[Path, f
 
 
 def _fetched(folder: str, scratch: Path) -> Path:
-    """A folder of any store, here."""
+    """A folder or file of any store as a folder here, checked against its record if it has one."""
+    if importing.is_file(folder):
+        importing.write(importing.read(folder), str(scratch))
+        return scratch
     missing = [name for name in FILES if not storage.exists(storage.join(folder, name))]
     if FILES[0] in missing:
         raise UserError(
-            f"{folder}: no such model; give models:/NAME@ALIAS, a folder with "
+            f"{folder}: no such model; give models:/NAME@ALIAS, a file to import, a folder with "
             f"{' and '.join(FILES)}, or one of {', '.join(STEPS)}"
         )
     if missing:
         raise UserError(f"{folder} is not a whole model: {missing[0]} is not there")
-    if storage.is_local(folder):
-        return Path(storage.absolute(folder))
-    for name in FILES:
-        (scratch / name).write_bytes(storage.read_bytes(storage.join(folder, name)))
-    return scratch
+    return importing.fetched(folder, scratch)
 
 
 def _registered(name: str, tracking_uri: str, scratch: Path) -> tuple[Path, "ModelDescription"]:
