@@ -204,8 +204,8 @@ def _sha256(url: str) -> str:
 
 def _name(place: str) -> str:
     """A URL without secrets, or a local path's last name: reports are passed around."""
-    if storage.is_local(place):
-        return posixpath.basename(storage.absolute(place).rstrip("/")) or "/"
+    if "://" not in place or place.startswith("file://"):
+        return posixpath.basename(place.rstrip("/")) or "/"
     return without_secrets(place).partition("?")[0]
 
 

@@ -95,7 +95,7 @@ def refuse_contradictions(recipe: Recipe, typed: Sequence[str]) -> None:
 
 
 def _on(recipe: Recipe, stage: str, model: Adopted) -> Recipe:
-    """The recipe with a model's network and noise axis. UserError where the rest does not allow it."""
+    """The recipe on a model's network and noise axis. UserError where the rest forbids it."""
     try:
         return replace(recipe, network=model.about.network, noise=model.about.noise)
     except ValueError as error:
