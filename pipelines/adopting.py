@@ -38,6 +38,12 @@ def resolved(recipe: Recipe, models: Mapping[str, Adopted]) -> Recipe:
     for stage, model in models.items():
         if recipe.data.size is not None and recipe.data.size != model.about.size:
             check_fit(f"{stage}.from", model, recipe.data.size, model.about.channels, None)
+        noise, middle = model.about.noise, recipe.evaluate.mid_sigma
+        if not noise.sigma_min < middle < noise.sigma_max:
+            raise UserError(
+                f"evaluate.mid_sigma: {middle} must lie between {noise.sigma_min:g} and "
+                f"{noise.sigma_max:g}, the noise of {stage}.from, {model.place}"
+            )
     if (teacher := models.get("teacher")) is not None:
         recipe = _on(recipe, "teacher", teacher)
         for key in recipe.hiding_classes() if not teacher.about.network.class_conditional else ():

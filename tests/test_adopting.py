@@ -349,9 +349,10 @@ def test_what_does_not_go_with_an_adopted_model_is_one_line(models, tmp_path):
     teacher = keys(models, "teacher")
     line = refused(*teacher, "data.size=16")
     assert "draws images of 8 pixels, the data have 16; set data.size=8" in line
-    line = refused(*teacher, "evaluate.mid_sigma=70")
-    assert line.startswith("evaluate.mid_sigma: 70.0 must lie between")
-    assert line.endswith(f"(the noise of teacher.from, {models['teacher']})")
+    for stage in STAGES:
+        line = refused(*keys(models, stage), "evaluate.mid_sigma=70")
+        assert line.startswith("evaluate.mid_sigma: 70.0 must lie between 0.004 and 60, the noise")
+        assert line.endswith(f"of {stage}.from, {models[stage]}")
     second = ["truncate.method=tcm", "truncate.images=64", "truncate.batch=16"]
     line = refused(*keys(models, "distill"), *second, "truncate.of=distill")
     assert line.startswith("truncate.boundary: 0 must be that of")
