@@ -6,7 +6,7 @@ union apart (in YAML too). Symbols as in the package docstring.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -290,7 +290,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherConfig(TrainConfig):
+class AdoptableConfig(TrainConfig):
+    """A stage whose model may come from outside: then nothing is trained, and the rest of its keys
+    means nothing."""
+
+    # Folder, file or fsspec URL; written `from`, a word that Python keeps for itself. Where it lies
+    # is no identity, what it holds is (pipelines/adopting.py).
+    from_: str | None = field(default=None, metadata={"key": "from", "identity": False})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.from_ != "", "from: is empty; name a model's folder or file, or leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(AdoptableConfig):
     """EDM denoising: ln sigma ~ N(P_mean, P_std^2).
 
     With `noise.c_noise: angle` it trains a TrigFlow model: the two losses are the same function.

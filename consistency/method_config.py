@@ -7,7 +7,13 @@ offending field. `configs/methods/` holds the published settings.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from consistency.config import TeacherConfig, TrainConfig, require, require_share
+from consistency.config import (
+    AdoptableConfig,
+    TeacherConfig,
+    TrainConfig,
+    require,
+    require_share,
+)
 
 # --- parts of a consistency objective -----------------------------------------------------------
 
@@ -135,7 +141,7 @@ Init = Literal["scratch", "teacher", "distilled"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig(TrainConfig):
+class ConsistencyConfig(AdoptableConfig):
     """The discrete family, one composition of parts: pairs x path x distance x weight x target.
 
     `method` is the name of the preset in `configs/methods/` that filled the keys left unsaid.
@@ -189,7 +195,7 @@ class ConsistencyConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SCMConfig(TrainConfig):
+class SCMConfig(AdoptableConfig):
     """The continuous-time loss in TrigFlow (Lu and Song 2024): sCD with a teacher, sCT without."""
 
     kind: Literal["scm"] = "scm"
@@ -255,7 +261,7 @@ class SeparateTimes:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanFlowConfig(TrainConfig):
+class MeanFlowConfig(AdoptableConfig):
     """MeanFlow (Geng et al. 2025): average velocity u(z, t, r) between two times, no teacher."""
 
     kind: Literal["mean_flow"] = "mean_flow"

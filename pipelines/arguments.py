@@ -42,7 +42,7 @@ def load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[Any
     if not recipe_needed:
         return None, cluster
     if recipe_name is not None:
-        recipe = _at_absolute_paths(config.load_recipe(recipe_name, rest))
+        recipe = _recipe(recipe_name, rest)
         return _with_sweeps(arguments, recipe, overrides), cluster
     saved = storage.join(cluster.workspace, "recipe.yaml")
     if not storage.exists(saved):
@@ -51,13 +51,21 @@ def load(arguments: argparse.Namespace, recipe_needed: bool = True) -> tuple[Any
             f"or another --workspace"
         )
     if storage.is_local(saved):
-        recipe = config.load_recipe(saved, rest)
+        recipe = _recipe(saved, rest)
         return _with_sweeps(arguments, recipe, overrides), cluster
     with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
         local = os.path.join(folder, "recipe.yaml")
         Path(local).write_bytes(storage.read_bytes(saved))
-        recipe = config.load_recipe(local, rest)
+        recipe = _recipe(local, rest)
         return _with_sweeps(arguments, recipe, overrides), cluster
+
+
+def _recipe(name_or_path: str, overrides: Sequence[str]) -> Any:
+    from pipelines import adopting, config
+
+    recipe = _at_absolute_paths(config.load_recipe(name_or_path, overrides))
+    adopting.refuse_contradictions(recipe, overrides)
+    return recipe
 
 
 def _of_recipe(overrides: Sequence[str]) -> list[str]:
@@ -78,7 +86,11 @@ def _with_sweeps(arguments: argparse.Namespace, recipe: Any, overrides: Sequence
         raise UserError(f"sweep.{own[0]}: is a sweep's, and none is run; add --tune")
     if not names:
         return recipe
-    return replace(recipe, tune=tuple(config.load_sweep(name, own) for name in names))
+    sweeps = tuple(config.load_sweep(name, own) for name in names)
+    try:
+        return replace(recipe, tune=sweeps)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _tunes(arguments: argparse.Namespace) -> bool:
@@ -109,8 +121,11 @@ def _at_absolute_paths(recipe: Any) -> Any:
         data = replace(recipe.data, path=storage.absolute(recipe.data.path))
         recipe = replace(recipe, data=data)
     recipe = replace(recipe, reference=_reference_at_absolute_paths(recipe.reference))
-    for name in ("distill", "isolate"):
+    for name in ("teacher", "distill", "isolate"):
         stage = getattr(recipe, name)
+        if stage.from_ is not None and not stage.from_.startswith("models:"):
+            stage = replace(stage, from_=storage.absolute(stage.from_))
+            recipe = replace(recipe, **{name: stage})
         if isinstance(stage, ConsistencyConfig) and stage.lpips is not None:
             stage = replace(stage, lpips=storage.absolute(stage.lpips))
             recipe = replace(recipe, **{name: stage})

@@ -75,6 +75,8 @@ class TrainedModel:
     snapshots: tuple[str, ...] = ()  # NAME-STEPS
     watched: bool = field(default=False, metadata=MEASURED)  # `watch.jsonl` has its distances
     best: str | None = field(default=None, metadata=MEASURED)  # of them, whose weights are `best/`
+    # Where an adopted model is from, for people; it has no curve. None: trained here.
+    source: str | None = field(default=None, metadata=MEASURED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 import yaml
 
-from consistency.config import TrainConfig
+from consistency.config import AdoptableConfig
 from consistency.method_config import (
     ConsistencyConfig,
     DistillConfig,
@@ -43,6 +43,7 @@ from pipelines.strict_yaml import (
     did_you_mean,
     entry,
     is_null,
+    key_of,
     merge,
     parse,
     user_error,
@@ -64,7 +65,7 @@ METHOD_PARTS = (
         for config in (ConsistencyConfig, SCMConfig, MeanFlowConfig, TruncateConfig)
         for field in dataclasses.fields(config)
     }
-    - {field.name for field in dataclasses.fields(TrainConfig)}
+    - {field.name for field in dataclasses.fields(AdoptableConfig)}
     - {"method"}
 )
 
@@ -81,6 +82,7 @@ class RecipeSource:
     text: str
     overrides: tuple[str, ...] = ()
     asked: str = ""  # what a person types for it, if not `name`
+    adopted: tuple[str, ...] = ()  # overrides that say what an adopted model brings along
 
     def typed(self, extra: Sequence[str] = ()) -> str:
         """The command that runs it with `extra` overrides, for a shell."""
@@ -92,7 +94,7 @@ class RecipeSource:
         method takes away what the file said of the old one. UserError lists every mistake."""
         problems: Problems = []
         tree = _root_mapping(self.text, Mark(FILE, self.name, 1, 1), problems)
-        changes = _read_overrides((*self.overrides, *extra), problems)
+        changes = _read_overrides((*self.overrides, *self.adopted, *extra), problems)
         for section in METHOD_SECTIONS:
             tree, changes = _on_method_preset(section, tree, changes, problems)
         return build(Recipe, merge(tree, changes), problems)
@@ -143,7 +145,7 @@ def resolved_yaml(value: Recipe | Cluster | SweepConfig) -> str:
 
 def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {key_of(f): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 

@@ -6,7 +6,7 @@ how fast a device really is stays an assumption, the share of its peak (MFU), wh
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ from consistency.method_config import (
     TruncateConfig,
 )
 from infra.errors import UserError
-from pipelines import config
+from pipelines import adopting, config
+from pipelines.adopted import Adopted
 from pipelines.recipe import Cluster, Recipe
 
 if TYPE_CHECKING:
@@ -147,11 +148,18 @@ KNOWN = {"digits": (8, 1, 10), "idx": (28, 1, 10), "cifar10": (32, 3, 10), "shee
 
 
 def image_shape(
-    recipe: Recipe, size: int | None, channels: int | None, classes: int | None
+    recipe: Recipe,
+    models: Mapping[str, Adopted],
+    size: int | None,
+    channels: int | None,
+    classes: int | None,
 ) -> tuple[int, int, int, list[str]]:
     """Side, channels, classes (0: unconditional), and what of it was assumed."""
     data, conditional = recipe.data, recipe.network.class_conditional
     side, depth, kinds = KNOWN.get(data.source, (None, 3, 1000))
+    for about in (model.about for model in models.values()):  # the data must be like them
+        side, depth = about.size, about.channels
+        kinds = len(about.class_names) if about.network.class_conditional else kinds
     side = size or data.size or side
     if side is None:
         raise UserError(
@@ -159,7 +167,7 @@ def image_shape(
             f"say it here with --size 64"
         )
     assumed = []
-    if data.source not in KNOWN:
+    if data.source not in KNOWN and not models:
         assumed += [f"{depth} channels (--channels)"] if channels is None else []
         assumed += [f"{kinds} classes (--classes)"] if classes is None and conditional else []
     return side, channels or depth, (classes or kinds) if conditional else 0, assumed
@@ -179,7 +187,9 @@ def estimate(
     for name, value in {"size": size, "channels": channels, "classes": classes}.items():
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
-    side, depth, kinds, assumed = image_shape(recipe, size, channels, classes)
+    models = adopting.find(recipe)
+    recipe = adopting.resolved(recipe, models)
+    side, depth, kinds, assumed = image_shape(recipe, models, size, channels, classes)
     try:
         check_network(recipe.network, side)
     except ValueError as error:
@@ -200,7 +210,11 @@ def estimate(
         classes=kinds,
         parameters=plain.parameters,
         forward=plain.forward,
-        stages=tuple(_stage(k, v, recipe, images) for k, v in training.items()),
+        stages=tuple(
+            _stage(name, stage, adopting.basis(recipe, models, name), images)
+            for name, stage in training.items()
+            if name not in models
+        ),
         sampling=Work(plain.forward * evaluations, "fp32"),  # samplers use no autocast
         evaluations=evaluations,
         assumed=tuple(assumed),
@@ -293,8 +307,8 @@ def _resident(training: StageTraining, network: "PassCost") -> int:
 def _evaluations(recipe: Recipe) -> int:
     """Network calls of the evaluation and of select_ema, each for one image."""
     asked = recipe.evaluate
-    trained: list[TrainConfig] = [recipe.distill, recipe.isolate]
-    trained += [recipe.truncate] if recipe.truncate else []
+    trained: dict[str, TrainConfig] = {"distill": recipe.distill, "isolate": recipe.isolate}
+    trained |= {"truncate": recipe.truncate} if recipe.truncate else {}
     guided = 1 if asked.teacher_guidance == 1 else 2
     # One and two steps of every candidate; of the teacher too, where two Heun steps take 3 calls.
     samples = asked.samples * asked.seed_blocks
@@ -302,7 +316,7 @@ def _evaluations(recipe: Recipe) -> int:
     calls += guided * asked.teacher_samples * (2 * asked.teacher_steps - 1)
     if recipe.select_ema is not None:
         select = recipe.select_ema
-        for training in trained:
+        for training in (t for name, t in trained.items() if not recipe.adopts(name)):
             lengths = {ema.name for ema in training.ema}
             if training.snapshots:
                 lengths |= {PowerEMA(sigma_rel=width).name for width in select.sigma_rel}

@@ -7,16 +7,18 @@ shard -+-> reference --------------------------+
 
 On request: `truncate` follows isolate or distill as one more candidate, a `select_ema` stands
 between each candidate and evaluate, and a `tune` before the stage whose settings it searches.
+Where a recipe names a model from outside (`teacher.from`), the stage's step copies it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from consistency.evaluation.protocol import DOMAIN, DOMAIN_FEATURES
 from consistency.evaluation.specs import SPECS
 from infra import tracking
-from pipelines import weights
+from pipelines import adopting, weights
+from pipelines.adopted import Adopted
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -30,6 +32,7 @@ from pipelines.config import RecipeSource, resolved_yaml
 from pipelines.dag import Step, home_of
 from pipelines.recipe import Cluster, Recipe
 from pipelines.steps import (
+    adopt,
     distill,
     evaluate,
     isolate,
@@ -54,10 +57,15 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
 
     Of the cluster only the registry matters: a model registered in one is not in another. `source`
     is the text that the recipe was read from, for sweeps to vary (default: the recipe, resolved).
-    Raises UserError when the source images are not there.
+    Raises UserError when the source images are not there, or an adopted model is not or does not
+    fit.
     """
+    models = adopting.find(recipe)
+    recipe = adopting.resolved(recipe, models)
     if source is None:
         source = RecipeSource(recipe.name, resolved_yaml(replace(recipe, tune=())))
+    elif "teacher" in models:
+        source = replace(source, adopted=adopting.overrides(recipe))
     images = shard.ShardConfig.of(recipe.data)
     shards = Step(name="shard", run=shard.run, config=images, returns=ShardSet)
     yardstick = Step(
@@ -78,30 +86,27 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             mid_sigma=recipe.evaluate.mid_sigma,
             teacher_steps=recipe.evaluate.teacher_steps,
         )
-    diffusion = Step(
-        name="teacher",
-        written=("training.", "teacher."),
-        run=teacher.run,
-        config=StageConfig.of(recipe, "teacher", watch),
-        returns=TrainedModel,
-        inputs={"shard": shards},
-        cpus=0,
-        gang="workers",
-    )
+
+    def model(stage: str, run: Callable[..., TrainedModel], **inputs: Step) -> Step:
+        if stage in models:
+            return _adopted(stage, models[stage], shards)
+        return Step(
+            name=stage,
+            written=("training.", f"{stage}."),
+            run=run,
+            config=StageConfig.of(adopting.basis(recipe, models, stage), stage, watch),
+            returns=TrainedModel,
+            inputs={"shard": shards, **inputs},
+            cpus=0,
+            gang="workers",
+        )
+
+    diffusion = model("teacher", teacher.run)
     seen = {"shard": shards, "reference": yardstick, "teacher": diffusion}
     tunings: dict[str, Step] = {}
     if (sweep := _sweep_of(recipe, "distill")) is not None:
         tunings["distill"] = _tuning(recipe, sweep, source, seen)
-    distilled = Step(
-        name="distill",
-        written=("training.", "distill."),
-        run=distill.run,
-        config=StageConfig.of(recipe, "distill", watch),
-        returns=TrainedModel,
-        inputs={"shard": shards, "teacher": diffusion, **_tuned(tunings, "distill")},
-        cpus=0,
-        gang="workers",
-    )
+    distilled = model("distill", distill.run, teacher=diffusion, **_tuned(tunings, "distill"))
     sources = {
         "scratch": {},
         "teacher": {"teacher": diffusion},
@@ -113,34 +118,16 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             seen["distilled"] = distilled
         tunings["isolate"] = _tuning(recipe, sweep, source, seen)
         begins_with = {name: seen[name] for name in ("teacher", "distilled") if name in seen}
-    isolated = Step(
-        name="isolate",
-        written=("training.", "isolate."),
-        run=isolate.run,
-        config=StageConfig.of(recipe, "isolate", watch),
-        returns=TrainedModel,
-        inputs={"shard": shards, **begins_with, **_tuned(tunings, "isolate")},
-        cpus=0,
-        gang="workers",
-    )
+    isolated = model("isolate", isolate.run, **begins_with, **_tuned(tunings, "isolate"))
     trained = {"distill": distilled, "isolate": isolated}
     if recipe.truncate is not None:
-        trained["truncate"] = Step(
-            name="truncate",
-            written=("training.", "truncate."),
-            run=truncate.run,
-            config=StageConfig.of(recipe, "truncate", watch),
-            returns=TrainedModel,
-            inputs={"shard": shards, "first": trained[recipe.truncate.of]},
-            cpus=0,
-            gang="workers",
-        )
-    candidates = trained
+        trained["truncate"] = model("truncate", truncate.run, first=trained[recipe.truncate.of])
+    selected: dict[str, Step] = {}
     if recipe.select_ema is not None:
         selection = select_ema.SelectStage(
             select=recipe.select_ema, mid_sigma=recipe.evaluate.mid_sigma
         )
-        candidates = {
+        selected = {  # an adopted model has one set of weights, and so no choice
             name: Step(
                 name=select_ema.step_name(name),
                 written=("select.", "select_ema."),
@@ -152,7 +139,9 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
                 gang="evaluators",
             )
             for name, step in trained.items()
+            if name not in models
         }
+    candidates = {**trained, **selected}
     evaluated = Step(
         name="evaluate",
         written=("", "evaluate."),
@@ -175,14 +164,13 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
         lost=partial(register.lost, cluster.tracking_uri, cluster.workspace),
         inputs={"shard": shards, "teacher": diffusion, "evaluate": evaluated, **candidates},
     )
-    selected = {} if candidates is trained else {s.name: s for s in candidates.values()}
     page = Step(
         name="report",
         run=report.run,
         config=report.ReportConfig(
             recipe_name=recipe.name,
             recipe_yaml=resolved_yaml(recipe),
-            isolate_from=recipe.isolate.init,
+            isolate_from="scratch" if "isolate" in models else recipe.isolate.init,
             truncates=recipe.truncate.of if recipe.truncate else None,
             after_distill=tuple(s.name for s in tunings.values() if "distilled" in s.inputs),
         ),
@@ -194,7 +182,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             "evaluate": evaluated,
             "register": registered,
             **trained,
-            **selected,
+            **{step.name: step for step in selected.values()},
             **{step.name: step for step in tunings.values()},
         },
     )
@@ -212,6 +200,18 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
         registered,
         page,
     ]
+
+
+def _adopted(stage: str, model: Adopted, shards: Step) -> Step:
+    """In the stage's place; the data say whether the model draws images like them."""
+    return Step(
+        name=stage,
+        written=("kind", f"{stage}.from"),
+        run=adopt.run,
+        config=adopt.AdoptStage.of(model),
+        returns=TrainedModel,
+        inputs={"shard": shards},
+    )
 
 
 def _sweep_of(recipe: Recipe, stage: str) -> SweepConfig | None:

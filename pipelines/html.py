@@ -94,6 +94,9 @@ def _headline(page: Page) -> str:
     if evaluation.floor is not None:
         floor = text(evaluation.floor)
         stats.append(_stat("real images, floor", floor, "two halves of the data", ""))
+    made = f"learned from {shard.count:,} real ones"
+    if any(t.stage == r.candidate and t.model.source is not None for t in page.trainings):
+        made = f"adopted as it was, measured against {shard.count:,} real ones"
     tiles = page.samples[sample_key(one)]
     soft, smoothed = _softness(shard)
     turns = "" if one.agreement is None else f" The {shard.num_classes} classes take turns."
@@ -103,7 +106,7 @@ def _headline(page: Page) -> str:
         f"<span>recipe {escape(page.recipe_name)}</span></p>\n"
         f'<h1>{escape(r.name)} <small>version {r.version}</small> {alias}</h1>\n<p class="lede">'
         f"A generator of {shard.size} × {shard.size} {ink} images, one "
-        f"network call each, learned from {shard.count:,} real ones. The registered candidate is "
+        f"network call each, {made}. The registered candidate is "
         f'<strong class="{css_class(r.candidate)}">{escape(r.candidate)}</strong>: '
         f'{escape(r.decision.rstrip("."))}.</p>\n<dl class="stats">{"".join(stats)}</dl>\n'
         f'<figure class="hero{soft}"><div class="tiles" role="img" aria-label="{told}">'
@@ -211,6 +214,8 @@ def _lineage(page: Page) -> str:
     made += [(s.stage, s.model) for s in page.selections]
     for stage_name, model in made:
         said.setdefault(stage_name, []).append(("weights", model.weights_sha256))
+        if model.source is not None:
+            said[stage_name].append(("from", model.source))
     rows = []
     for stage in page.stages:
         pairs = [("fingerprint", stage.fingerprint), *said.get(stage.name, [])]

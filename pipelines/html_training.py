@@ -18,7 +18,7 @@ class Training:
 
     stage: str
     model: TrainedModel
-    curve: Sequence[Mapping[str, float]]
+    curve: Sequence[Mapping[str, float]]  # none of an adopted model
     watched: Sequence[Mapping[str, Any]] = ()  # distances while it trained, one line per number
 
 
@@ -58,6 +58,8 @@ def curves(trainings: Sequence[Training]) -> str:
 
 def _training(t: Training) -> str:
     m = t.model
+    if m.source is not None:
+        return _adopted(t)
     facts = [
         ("images seen", f"{m.images:,}"),
         ("optimiser steps", f"{m.steps:,}"),
@@ -98,10 +100,21 @@ def _training(t: Training) -> str:
         + "</figure>"
         for key, points in drawn
     )
+    return _row(t.stage, facts, f'<div class="charts n{len(drawn)}">{charts}</div>')
+
+
+def _adopted(t: Training) -> str:
+    m = t.model
+    facts = [("adopted from", escape(m.source or "")), ("parameters", f"{m.parameters:,}")]
+    note = '<p class="note">Not trained here: the recipe names a finished model.</p>'
+    return _row(t.stage, facts, f'<div class="charts n1">{note}</div>')
+
+
+def _row(stage: str, facts: Sequence[tuple[str, str]], beside: str) -> str:
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
     return (
-        f'<div class="training {css_class(t.stage)}"><div class="facts"><h3>{escape(t.stage)}</h3>'
-        f'<dl>{listed}</dl></div><div class="charts n{len(drawn)}">{charts}</div></div>'
+        f'<div class="training {css_class(stage)}"><div class="facts"><h3>{escape(stage)}</h3>'
+        f"<dl>{listed}</dl></div>{beside}</div>"
     )
 
 

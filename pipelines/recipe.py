@@ -241,6 +241,7 @@ class Recipe:
         require(
             self.truncate is None
             or self.truncate.of != "isolate"
+            or self.adopts("isolate")
             or not isinstance(self.isolate, MeanFlowConfig),
             "truncate.of: isolate trains a MeanFlow, which has no f to truncate; take another "
             "method there, or of: distill",
@@ -253,6 +254,12 @@ class Recipe:
         )
         stages = [sweep.stage for sweep in self.tune]
         require(len(set(stages)) == len(stages), "tune: two sweeps are for one stage; keep one")
+        for stage in stages:
+            require(
+                not self.adopts(stage),
+                f"tune: {stage} is adopted ({stage}.from), so there is nothing to search; leave "
+                f"one of the two out",
+            )
         self._require_one_boundary()
         self._require_classes()
         self._require_a_choice()
@@ -261,6 +268,8 @@ class Recipe:
         """The second stage of TCM asks the first one, so both are the identity at one sigma."""
         if self.truncate is None:
             return
+        if self.adopts(self.truncate.of):
+            return  # only the model itself says (adopting.py)
         first = self.isolate if self.truncate.of == "isolate" else self.distill
         assert not isinstance(first, MeanFlowConfig)
         its = 0.0 if isinstance(first, SCMConfig) else first.boundary
@@ -276,33 +285,50 @@ class Recipe:
         """Snapshots come of two power EMAs, so two entries are what every choice begins with."""
         stages = {"distill": self.distill, "isolate": self.isolate, "truncate": self.truncate}
         for name, stage in stages.items():
+            if self.select_ema is None or stage is None or self.adopts(name):
+                continue
             require(
-                self.select_ema is None or stage is None or len(stage.ema) > 1,
+                len(stage.ema) > 1,
                 f"{name}.ema: select_ema has one EMA to choose from; give {name}.ema more entries "
                 f"(of two power EMAs {name}.snapshots=16 keeps what any length is rebuilt from)",
             )
 
     def _require_classes(self) -> None:
-        """Guidance needs classes, and a teacher that also learned the null class."""
+        """Guidance needs classes, and a teacher that also learned the null class.
+
+        Of an adopted teacher nothing tells whether it did: `teacher.label_dropout` says so.
+        """
         wanted = {
-            "distill.guidance": self.distill.guidance != 1,
+            "distill.guidance": self.distill.guidance != 1 and not self.adopts("distill"),
             "evaluate.teacher_guidance": self.evaluate.teacher_guidance != 1,
         }
+        aside = " (if the adopted model was trained so)" if self.adopts("teacher") else ""
         for key, on in wanted.items():
             require(
                 not on or self.teacher.label_dropout > 0,
-                f"{key}: needs a teacher with a null class; set teacher.label_dropout to 0.1",
+                f"{key}: needs a teacher with a null class; set teacher.label_dropout to 0.1"
+                f"{aside}",
             )
-        hides = {
-            "teacher.label_dropout": self.teacher.label_dropout > 0,
-            "isolate.label_dropout": isinstance(self.isolate, MeanFlowConfig)
-            and self.isolate.label_dropout > 0,
-        }
-        for key, on in hides.items():
+        for key in () if self.adopts("teacher") else self.hiding_classes():
             require(
-                not on or self.network.class_conditional,
+                self.network.class_conditional,
                 f"{key}: hides classes, but network.class_conditional is false",
             )
+
+    def hiding_classes(self) -> tuple[str, ...]:
+        """The keys that mean something to a class-conditional network only."""
+        isolate = self.isolate
+        hides = {
+            "teacher.label_dropout": self.teacher.label_dropout > 0,
+            "isolate.label_dropout": isinstance(isolate, MeanFlowConfig)
+            and isolate.label_dropout > 0
+            and not self.adopts("isolate"),
+        }
+        return tuple(key for key, on in hides.items() if on)
+
+    def adopts(self, stage: str) -> bool:
+        """Whether a stage's model comes from outside."""
+        return getattr(getattr(self, stage), "from_", None) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

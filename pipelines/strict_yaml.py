@@ -173,7 +173,7 @@ def _read_dataclass(
     if not isinstance(node.value, dict):
         _fail(problems, node.mark, path, f"expected a mapping, got {describe(node)}")
     cls = _class_by_kind(members, node, path, default, problems)
-    hints, fields = _hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+    hints, fields = _hints(cls), {key_of(field): field for field in dataclasses.fields(cls)}
     unreadable: set[str] = set()
     valid = True
     for key, item in node.value.items():
@@ -182,13 +182,13 @@ def _read_dataclass(
             problems.append((item.key_mark, f"{_join(path, key)}: unknown key{near}"))
             unreadable.update(nearest(key, fields))
             valid = False
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {}  # by key, as all that is said of them
     for name, field in fields.items():
-        values[name] = getattr(default, name) if type(default) is cls else field.default
+        values[name] = getattr(default, field.name) if type(default) is cls else field.default
         if name in node.value:
             try:
-                where = _join(path, name)
-                values[name] = _read(hints[name], node.value[name], where, values[name], problems)
+                where, hint = _join(path, name), hints[field.name]
+                values[name] = _read(hint, node.value[name], where, values[name], problems)
             except _Invalid:
                 unreadable.add(name)
         elif values[name] is MISSING and name not in unreadable:  # one mistake, one line
@@ -200,6 +200,11 @@ def _read_dataclass(
     if unreadable or not valid:
         raise _Invalid
     return value
+
+
+def key_of(field: "dataclasses.Field[Any]") -> str:
+    """What a field is called in YAML: by its name, unless that is a word of Python (`from`)."""
+    return str(field.metadata.get("key", field.name))
 
 
 @functools.cache
@@ -232,17 +237,18 @@ def _construct(
     unreadable: set[str],
     problems: Problems,
 ) -> Any:
-    """cls(**values). Its ValueErrors begin with the field; each field's first one is reported.
+    """cls of values by key. Its ValueErrors begin with the key; each key's first one is reported.
 
     A class stops at its first objection, so the field goes back to its default to hear the next.
     The unreadable fields stand at their defaults too: what is said of those, nobody wrote.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    names = {key_of(field): field.name for field in dataclasses.fields(cls)}
+    defaults = {key_of(field): field.default for field in dataclasses.fields(cls)}
     objections = 0
     settled = set(unreadable)
     while True:
         try:
-            value = cls(**values)
+            value = cls(**{names[key]: value for key, value in values.items()})
         except ValueError as error:
             objection = str(error)
         else:

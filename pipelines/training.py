@@ -37,6 +37,8 @@ class StageConfig:
     def of(cls, recipe: Recipe, stage: str, watch: WatchJob | None = None) -> "StageConfig":
         """That of a recipe's stage. Raises UserError for a file that is not there."""
         training: StageTraining = getattr(recipe, stage)
+        if recipe.adopts(stage):
+            raise UserError(f"{stage}.from: an adopted model is not trained; leave it out")
         lpips = training.lpips if isinstance(training, ConsistencyConfig) else None
         return cls(
             network=recipe.network,
@@ -111,13 +113,18 @@ def run_stage(
 ) -> TrainedModel:
     """Train, resuming what an earlier attempt left in `ctx.work`.
 
-    `teacher` is what the stage starts from or asks: of the truncated stage, its first one. Writes
-    the files that `TrainedModel` names to `ctx.out`. `launch` is how the workers come about
+    `teacher` is what the stage starts from or asks: of the truncated stage, its first one. Network
+    and noise axis are that model's: an adopted one may have others than the recipe. Writes the
+    files that `TrainedModel` names to `ctx.out`. `launch` is how the workers come about
     (default: `on_workers`). Raises UserError; TrainingFailed for a loss that is not finite, and for
     workers that get no further; Preempted where it was asked to stop.
     """
+    from consistency.published import ModelDescription
     from consistency.stage import describe
 
+    if teacher is not None:
+        its = ModelDescription.from_json(ctx.fetch(teacher, "config.json").read_text())
+        config = dataclasses.replace(config, network=its.network, noise=its.noise)
     try:
         check_network(config.network, shard.value.size)
     except ValueError as error:
@@ -211,6 +218,8 @@ def _flat(config: object, prefix: str = "") -> dict[str, str]:
     assert dataclasses.is_dataclass(config)
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
+        if item.name == "from_":
+            continue  # of an adopted model, and this one is trained
         if dataclasses.is_dataclass(value):
             flat |= _flat(value, f"{prefix}{item.name}.")
         else:

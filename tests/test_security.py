@@ -300,6 +300,7 @@ def test_whatever_a_step_dies_of_is_told_without_a_password(tmp_path):
     [
         (["--workspace", f"s3://AKIA:{MARKER}@bucket/w"], "workspace"),
         (["data.source=npz", f"data.path=s3://AKIA:{MARKER}@bucket/a.npz"], "data"),
+        ([f"teacher.from=s3://AKIA:{MARKER}@bucket/model"], "teacher"),
     ],
 )
 def test_a_secret_in_a_url_is_refused_and_not_repeated(in_process, capfd, tmp_path, option, where):
@@ -410,6 +411,7 @@ PIPES = ["pipe:touch TRACE", "shell:touch TRACE", "simplecache::s3://b/x", "zip:
         "reference.weights={}",
         "reference.statistics={}",
         "distill.lpips={}",
+        "teacher.from={}",
     ],
 )
 def test_pipes_and_chained_urls_are_refused_in_one_line(in_process, capfd, tmp_path, argument, url):

@@ -75,6 +75,11 @@ def run(
             for step in (shard, teacher, trained, evaluate)
         },
         **{f"cmforge.{key}": f"{value:.4f}" for key, value in metrics.items()},
+        **{
+            f"cmforge.adopted.{stage}": model.value.source
+            for stage, model in {"teacher": teacher, **candidates}.items()
+            if model.value.source is not None
+        },
     }
     if commit := os.environ.get("GIT_COMMIT") or os.environ.get("GITHUB_SHA"):
         lineage["cmforge.git"] = commit
@@ -221,6 +226,10 @@ def model_card(
 ) -> str:
     """Markdown: what the model is, how good, how to load it, where it comes from."""
     name, alias = config.register.model, config.register.alias
+    adopted = lineage.get(f"cmforge.adopted.{candidate}")
+    made = f"learned from {shard.count:,} images"
+    if adopted is not None:
+        made = f"not trained here but adopted, measured against {shard.count:,} images"
     conditional = ", ".join(about.class_names) if about.num_classes else "none (unconditional)"
     rows = [
         f"| {s.steps} | {s.evaluations} | {s.samples:,} | {evaluation.text(s.value)} | "
@@ -234,7 +243,7 @@ def model_card(
             "",
             f"A few-step generator of {about.size}x{about.size} images with {about.channels} "
             f"channel(s): the {candidate} candidate of the cmforge recipe `{config.recipe}`, "
-            f"learned from {shard.count:,} images. Classes: {conditional}.",
+            f"{made}. Classes: {conditional}.",
             "",
             f"| steps | network calls | samples | {evaluation.metric}, mean | std | lowest |",
             "| ---: | ---: | ---: | ---: | ---: | ---: |",

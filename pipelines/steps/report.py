@@ -79,7 +79,7 @@ def run(
             Training(
                 stage=c.step,
                 model=c.value,
-                curve=_lines(ctx, c, "curve.jsonl"),
+                curve=() if c.value.source is not None else _lines(ctx, c, "curve.jsonl"),
                 watched=_lines(ctx, c, watch.LOG) if c.value.watched else (),
             )
             for c in trained
@@ -140,16 +140,19 @@ def _stages(
 ) -> tuple[Stage, ...]:
     """The boxes, and of the edges those that do not follow from others."""
     states = {past.step: past.state for past in ctx.history}
+    adopted = {one.step for one in inputs if getattr(one.value, "source", None) is not None}
     lent = {"scratch": (), "teacher": ("teacher",), "distilled": ("distill",)}[config.isolate_from]
     edges: dict[str, tuple[str, ...]] = {
         "shard": (),
         "reference": ("shard",),
         "teacher": ("shard",),
-        "distill": ("teacher",),
+        "distill": ("shard",) if "distill" in adopted else ("teacher",),
         "isolate": lent or ("shard",),
         "register": ("evaluate",),
     }
-    lanes = {"reference": -1, "isolate": 1}
+    # An adopted one stands beside the teacher, not behind it.
+    aside = 1 if "distill" in adopted else 0
+    lanes = {"reference": -1, "distill": aside, "isolate": 1 + aside}
     candidates = ["distill", "isolate"]
     names = [one.step for one in inputs]
     selecting = {c: select_ema.step_name(c) for c in (*candidates, "truncate")}
@@ -157,19 +160,22 @@ def _stages(
     if config.truncates is not None:
         edges["truncate"] = (config.truncates,)
         # Behind its first stage, whose place there may be taken by that one's own selection.
-        lanes["truncate"] = 2 if selected else lanes.get(config.truncates, 0)
+        lanes["truncate"] = 2 + aside if selected else lanes.get(config.truncates, 0)
         candidates.append("truncate")
-    for candidate in candidates if selected else ():
-        edges[selecting[candidate]] = ("reference", candidate)
-        lanes[selecting[candidate]] = lanes.get(candidate, 0)
+    selects = {c: selecting[c] for c in candidates if selecting[c] in selected}
+    for candidate, selection in selects.items():
+        edges[selection] = ("reference", candidate)
+        lanes[selection] = lanes.get(candidate, 0)
     for stage in ("distill", "isolate"):
         name = tune.step_name(stage)
         if name in names:
             edges[name] = ("reference", "distill" if name in config.after_distill else "teacher")
             edges[stage] = (name,)
             lanes[name] = lanes.get(stage, 0)
-    last = [c for c in candidates if c != config.truncates]
-    edges["evaluate"] = tuple(selected) or ("reference", *last)
+    last = [selects.get(c, c) for c in candidates if c in selects or c != config.truncates]
+    if not any("teacher" in needed for needed in edges.values()):  # all others are adopted
+        last.insert(0, "teacher")
+    edges["evaluate"] = (*(() if selected else ("reference",)), *last)
     done = [
         Stage(
             name=one.step,
