@@ -5,8 +5,9 @@ shard -+-> reference --------------------------+
        |            +- - - - - - -> (weights)  |
        +-> isolate (from scratch: beside all) -+
 
-On request: `truncate` follows isolate or distill as one more candidate, a `select_ema` stands
-between each candidate and evaluate, and a `tune` before the stage whose settings it searches.
+On request: `truncate` follows isolate or distill as one more candidate, a `select_ema` and then a
+`search_sigmas` stand between each candidate and evaluate, and a `tune` before the stage whose
+settings it searches.
 """
 
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from pipelines.artifacts import (
     ReferenceStats,
     RegisteredModel,
     Report,
+    SearchedModel,
     ShardSet,
     TrainedModel,
     Tuned,
@@ -36,6 +38,7 @@ from pipelines.steps import (
     reference,
     register,
     report,
+    search_sigmas,
     select_ema,
     shard,
     teacher,
@@ -136,6 +139,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             gang="workers",
         )
     candidates = trained
+    refined: dict[str, Step] = {}
     if recipe.select_ema is not None:
         selection = select_ema.SelectStage(
             select=recipe.select_ema, mid_sigma=recipe.evaluate.mid_sigma
@@ -153,6 +157,25 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             )
             for name, step in trained.items()
         }
+        refined |= {step.name: step for step in candidates.values()}
+    if recipe.search_sigmas is not None:
+        searching = search_sigmas.SearchStage(
+            search=recipe.search_sigmas, mid_sigma=recipe.evaluate.mid_sigma
+        )
+        candidates = {
+            name: Step(
+                name=search_sigmas.step_name(name),
+                written=("search.", "search_sigmas."),
+                run=search_sigmas.run,
+                config=searching,
+                returns=SearchedModel,
+                inputs={"shard": shards, "reference": yardstick, "trained": step},
+                cpus=0,
+                gang="evaluators",
+            )
+            for name, step in candidates.items()
+        }
+        refined |= {step.name: step for step in candidates.values()}
     evaluated = Step(
         name="evaluate",
         written=("", "evaluate."),
@@ -175,7 +198,6 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
         lost=partial(register.lost, cluster.tracking_uri, cluster.workspace),
         inputs={"shard": shards, "teacher": diffusion, "evaluate": evaluated, **candidates},
     )
-    selected = {} if candidates is trained else {s.name: s for s in candidates.values()}
     page = Step(
         name="report",
         run=report.run,
@@ -194,7 +216,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             "evaluate": evaluated,
             "register": registered,
             **trained,
-            **selected,
+            **refined,
             **{step.name: step for step in tunings.values()},
         },
     )
@@ -207,7 +229,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             for name, stage in trained.items()
             for step in (*_tuned(tunings, name).values(), stage)
         ),
-        *selected.values(),
+        *refined.values(),
         evaluated,
         registered,
         page,
@@ -277,5 +299,9 @@ def _check_ranks(recipe: Recipe, dim: int) -> None:
         check_rank(samples, dim, allowed, f"evaluate.{key}")
     if select is not None:
         check_rank(select.samples, dim, select.allow_rank_deficient, "select_ema.samples")
+    if (searching := recipe.search_sigmas) is not None:
+        for key in ("samples", "confirm_samples"):
+            samples, allowed = getattr(searching, key), searching.allow_rank_deficient
+            check_rank(samples, dim, allowed, f"search_sigmas.{key}")
     if recipe.watch is not None:
         check_rank(recipe.watch.samples, dim, recipe.watch.allow_rank_deficient, "watch.samples")
