@@ -1,8 +1,9 @@
 """Greedy search of multistep sampling's noise levels (Sec. 3, Song et al. 2023).
 
 Levels are found one at a time, each below the last, those before it fixed. The paper's ternary
-search takes the distance for unimodal over the level, which it is not near the ends: there a second
-step changes nothing. So a coarse grid finds the valley, and golden section in ln sigma its floor.
+search takes the distance for unimodal over the level. It is not: near the ends a second step changes
+little, and high up it draws almost another image, whose distance differs by chance. So a coarse grid
+finds the two deepest valleys, golden section in ln sigma their floors, and a larger sample decides.
 The objective is measured with common random numbers: the same list has the same value again.
 """
 
@@ -17,7 +18,8 @@ Objective = Callable[[Sequence[Sigmas]], Sequence[float]]
 
 GOLDEN = (3 - math.sqrt(5)) / 2  # share of the longer half at which a valley is cut
 DIGITS = 4  # of a level: it is what people read and type
-FINALISTS = 3  # lists that are confirmed, at most: the default, the best found, the runner-up
+VALLEYS = 2  # that are searched to the floor
+FINALISTS = 1 + VALLEYS  # lists that are confirmed, at most: the default, and the floors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,9 @@ def search(
 ) -> list[Outcome]:
     """Lists of 2, 3, ... `steps` levels; fewer where no room is left above `lowest`.
 
-    A list begins with the one before it, if that was found, not the default. The best of each length
-    and the runner-up have to beat `default_of(length)` in `confirm`, or the default stays. `known`
-    is the memory: list -> value; what is in it is not measured again.
+    A list begins with the one before it, or with the one found in its place where a default stayed
+    that does not. The floors of two valleys have to beat `default_of(length)` in `confirm`, or the
+    default stays. `known` is the memory: list -> value; what is in it is not measured again.
     """
     known = {} if known is None else known
     chosen = default_of(1)
@@ -59,7 +61,7 @@ def search(
         if math.log(chosen[-1] / lowest) <= 2 * tolerance:
             break
         default = default_of(count)
-        found = next_level(
+        floors = next_level(
             objective,
             chosen,
             lowest=lowest,
@@ -69,12 +71,12 @@ def search(
             known=known,
             also=default[-1:] if default[:-1] == chosen else (),
         )
-        finalists = dict.fromkeys([default, found, *_runner_up(found, known, tolerance)])
+        finalists = dict.fromkeys([default, *floors])
         values = map(_or_worst, confirm(list(finalists)))
         confirmed = dict(zip(finalists, values, strict=True))
         kept = min(confirmed, key=confirmed.__getitem__)
-        outcomes.append(Outcome(default=default, found=found, confirmed=confirmed, kept=kept))
-        chosen = kept if kept[:-1] == chosen else found
+        outcomes.append(Outcome(default=default, found=floors[0], confirmed=confirmed, kept=kept))
+        chosen = kept if kept[:-1] == chosen else floors[0]
     return outcomes
 
 
@@ -88,20 +90,19 @@ def next_level(
     evaluations: int,
     known: MutableMapping[Sigmas, float],
     also: Iterable[float] = (),
-) -> Sigmas:
-    """`chosen` and one level between its last and `lowest`, where the objective is lowest.
+) -> list[Sigmas]:
+    """`chosen` and one level between its last and `lowest`, at the floors of the deepest valleys.
 
-    The valley around the best of `grid` levels (and of `also`) is narrowed until it is `tolerance`
-    wide in ln sigma, or `evaluations` lists were asked for. Of equals the higher level is taken
-    from the grid, the earlier one after that.
+    One list or two, the better first. A valley is what lies around a level of `grid` (or of `also`)
+    that is better than its neighbours; it is narrowed until it is `tolerance` wide in ln sigma, or
+    `evaluations` lists were asked for. Of equals the higher level of the grid is taken.
     """
     asked = 0
 
-    def measure(sigmas: Iterable[float]) -> None:
+    def measure(sigmas: Sequence[float]) -> None:
         nonlocal asked
-        lists = [(*chosen, sigma) for sigma in sigmas]
-        asked += len(lists)
-        new = [one for one in lists if one not in known]
+        asked += len(sigmas)
+        new = [one for sigma in sigmas if (one := (*chosen, sigma)) not in known]
         if new:
             known.update(zip(new, map(_or_worst, objective(new)), strict=True))
 
@@ -110,37 +111,31 @@ def next_level(
 
     spacing = math.log(chosen[-1] / lowest) / (grid + 1)
     levels = {_rounded(chosen[-1] * math.exp(-k * spacing)) for k in range(1, grid + 1)}
-    levels = {*levels, *also}
-    measure(sorted(levels, reverse=True))
-    best = min(sorted(levels, reverse=True), key=value)
-    above = min(chosen[-1], best * math.exp(spacing))
-    below = max(lowest, best * math.exp(-spacing))
-    while math.log(above / below) > tolerance and asked < evaluations:
-        up, down = math.log(above / best), math.log(best / below)
-        new = _rounded(best * math.exp(GOLDEN * up if up > down else -GOLDEN * down))
-        measure([new])
-        if value(new) < value(best):
-            above, below = (above, best) if new > best else (best, below)
-            best = new
-        elif new > best:
-            above = new
-        else:
-            below = new
-    return (*chosen, best)
-
-
-def _runner_up(
-    found: Sigmas, known: MutableMapping[Sigmas, float], tolerance: float
-) -> list[Sigmas]:
-    """The next best level beside the found one's own valley floor; [] when there is none."""
-    others = [
-        one
-        for one, value in known.items()
-        if one[:-1] == found[:-1]
-        and abs(math.log(one[-1] / found[-1])) > tolerance
-        and math.isfinite(value)
+    falling = sorted({*levels, *also}, reverse=True)
+    measure(falling)
+    values = [math.inf, *map(value, falling), math.inf]
+    dips = [
+        sigma
+        for number, sigma in enumerate(falling, start=1)
+        if values[number - 1] > values[number] <= values[number + 1]
     ]
-    return [min(others, key=known.__getitem__)] if others else []
+    floors = {}
+    for best in sorted(dips, key=value)[:VALLEYS] or falling[:1]:
+        above = min(chosen[-1], best * math.exp(spacing))
+        below = max(lowest, best * math.exp(-spacing))
+        while math.log(above / below) > tolerance and asked < evaluations:
+            up, down = math.log(above / best), math.log(best / below)
+            new = _rounded(best * math.exp(GOLDEN * up if up > down else -GOLDEN * down))
+            measure([new])
+            if value(new) < value(best):
+                above, below = (above, best) if new > best else (best, below)
+                best = new
+            elif new > best:
+                above = new
+            else:
+                below = new
+        floors[(*chosen, best)] = value(best)
+    return sorted(floors, key=floors.__getitem__)
 
 
 def _rounded(sigma: float) -> float:

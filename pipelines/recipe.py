@@ -153,9 +153,9 @@ class SigmaSearchConfig:
     samples: int = 1_000
     confirm_samples: int = 2_000  # per seed block
     confirm_blocks: int = 3
-    grid: int = 8  # levels that find the valley
-    tolerance: float = 0.2  # width of the valley, in ln sigma, at which its floor is found
-    evaluations: int = 16  # lists measured for one level, at most
+    grid: int = 8  # levels that find the valleys
+    tolerance: float = 0.2  # width of a valley, in ln sigma, at which its floor is found
+    evaluations: int = 24  # lists measured for one level, at most
     allow_rank_deficient: bool = False
     seed: int = 3  # the confirmation takes the next one: other noise, as the evaluation's is
 

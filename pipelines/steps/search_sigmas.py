@@ -107,15 +107,24 @@ class Measuring:
     rows: list[dict[str, object]] = field(default_factory=list)  # every measurement, in order
 
     def once(self, lists: Sequence[Sigmas]) -> list[float]:
-        return self._measure(lists, self.config.samples, 1, self.config.seed)
+        asked = self.config
+        return self._measure(lists, asked.samples, 1, asked.seed, confirms=False)
 
     def confirming(self, lists: Sequence[Sigmas]) -> list[float]:
         """Means over the seed blocks of the larger sample."""
         asked = self.config
-        return self._measure(lists, asked.confirm_samples, asked.confirm_blocks, asked.seed + 1)
+        return self._measure(
+            lists, asked.confirm_samples, asked.confirm_blocks, asked.seed + 1, confirms=True
+        )
 
     def _measure(
-        self, lists: Sequence[Sigmas], samples: int, seed_blocks: int, seed: int
+        self,
+        lists: Sequence[Sigmas],
+        samples: int,
+        seed_blocks: int,
+        seed: int,
+        *,
+        confirms: bool,
     ) -> list[float]:
         jobs = [
             Job(
@@ -138,9 +147,9 @@ class Measuring:
                 {
                     "steps": len(sigmas),
                     "sigmas": sigmas,
+                    "confirms": confirms,
                     "metric": job.protocol.name,
-                    "samples": samples,
-                    "seed": seed,
+                    "protocol": job.protocol.digest,
                     "values": [v if math.isfinite(v) else None for v in one.values],
                 }
             )
