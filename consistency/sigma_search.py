@@ -1,10 +1,10 @@
 """Greedy search of multistep sampling's noise levels (Sec. 3, Song et al. 2023).
 
 Levels are found one at a time, each below the last, those before it fixed. The paper's ternary
-search takes the distance for unimodal over the level. It is not: near the ends a second step changes
-little, and high up it draws almost another image, whose distance differs by chance. So a coarse grid
-finds the two deepest valleys, golden section in ln sigma their floors, and a larger sample decides.
-The objective is measured with common random numbers: the same list has the same value again.
+search takes the distance for unimodal over the level. It is not: low down a second step changes
+little, and high up it draws almost another image, whose distance differs by chance. So a coarse
+grid finds the two deepest valleys, golden section in ln sigma their floors, and a larger sample
+decides. The objective has common random numbers: the same list has the same value again.
 """
 
 import math

@@ -37,9 +37,9 @@ def section(searches: Sequence[SigmaSearch], text: Callable[[float], str]) -> st
     tried = [_row(search, one, text) for search in searches for one in search.tried]
     return (
         '<section id="levels">\n<h2>Noise levels of several steps</h2>\n'
-        "<p>Levels were searched one after the other, for samples nearest the real images. The best "
-        "and the runner-up had to beat the default levels on a larger sample of other noise, or the "
-        "default stays. A model samples at the levels that are marked.</p>\n"
+        "<p>Levels were searched one after the other, for samples nearest the real images. The "
+        "best two had to beat the default levels on a larger sample of other noise, or the default "
+        "stays. A model samples at the levels that are marked.</p>\n"
         f"{_table(final)}\n"
         f"<details><summary>All {len(tried)} lists that were tried, on the smaller sample</summary>"
         f"{_table(tried)}</details>\n</section>"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def found(curve: Curve, chosen: Sigmas = (HIGHEST,), **changes: object) -> float
 
 
 def most(low: float, high: float, grid: int, tolerance: float) -> int:
-    """Evaluations: the grid, then the two cells of a valley, shrunk by the golden ratio each time."""
+    """Evaluations: the grid, then the two cells of a valley, shrunk by the golden ratio."""
     width = 2 * math.log(high / low) / (grid + 1)
     return grid + 2 + max(0, math.ceil(math.log(width / tolerance) / math.log((1 + 5**0.5) / 2)))
 
@@ -94,7 +95,7 @@ def test_noise_costs_no_more_than_its_own_size(seed):
     sigma = found(curve)
     assert abs(math.log(sigma / 0.9)) <= 1.0
     assert noisy(math.log(sigma)) == min(noisy(math.log(one[-1])) for one in curve.asked)
-    assert len(curve.asked) <= most(LOWEST, HIGHEST, 8, 0.2)
+    assert len(curve.asked) <= 24  # two valleys
 
 
 def test_on_a_flat_curve_the_highest_level_of_the_grid_stays():
@@ -174,7 +175,7 @@ def greedy(objective, confirm=None, **changes):
 def test_levels_are_found_one_below_the_other_and_shorter_lists_are_prefixes():
     outcomes = greedy(wanting(5.0, 0.5, 0.05))
     assert [one.steps for one in outcomes] == [2, 3, 4]
-    for shorter, longer in zip(outcomes, outcomes[1:], strict=False):
+    for shorter, longer in pairwise(outcomes):
         assert longer.kept[:-1] == shorter.kept
     assert outcomes[-1].kept[1:] == pytest.approx([5.0, 0.5, 0.05], rel=0.2)
     for one in outcomes:
@@ -232,7 +233,7 @@ def test_the_search_ends_where_no_room_is_left():
     assert all(one.kept[-1] > LOWEST for one in outcomes)
 
 
-# --- Gaussian data: what a sampler with an imperfect f should do -----------------------------------
+# --- Gaussian data: what a sampler with an imperfect f should do ---------------------------------
 
 V, EPS = 0.25, 0.002  # variance of the data, the boundary
 GRID = [float(s) for s in karras_sigmas(18, EPS, HIGHEST, 7.0)]  # ascending

@@ -1,4 +1,4 @@
-"""search_sigmas: at which noise levels a candidate's samples of several steps lie nearest real images.
+"""search_sigmas: the noise levels at which samples of several steps lie nearest real images.
 
 Every list of levels is a measurement of its own, whose sums lie in `work` under the list: a search
 that was killed goes the same way again and measures only what is open.
@@ -97,7 +97,7 @@ def default_levels(about: "ModelDescription") -> Callable[[int], Sigmas]:
 
 @dataclass
 class Measuring:
-    """A model's distance at any list of levels. The noise of sample i is the same in all of them."""
+    """A model's distance at any list of levels, with the same noise of sample i in all of them."""
 
     ctx: StepContext
     yardstick: Yardstick
