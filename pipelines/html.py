@@ -211,7 +211,8 @@ def _lineage(page: Page) -> str:
         ],
     }
     made = [(t.stage, t.model) for t in page.trainings]
-    made += [(s.stage, s.model) for s in (*page.selections, *page.searches)]
+    made += [(s.stage, s.model) for s in page.selections]
+    made += [(s.stage, s.model) for s in page.searches]
     for stage_name, model in made:
         said.setdefault(stage_name, []).append(("weights", model.weights_sha256))
     rows = []

@@ -1,4 +1,4 @@
-"""search_sigmas: what is measured, what is kept, what the model then does; killed and gone on with."""
+"""search_sigmas: what is measured and kept, what the model then does; killed and gone on with."""
 
 import hashlib
 import json
