@@ -50,9 +50,10 @@ def search(
 ) -> list[Outcome]:
     """Lists of 2, 3, ... `steps` levels; fewer where no room is left above `lowest`.
 
-    A list begins with the one before it, or with the one found in its place where a default stayed
-    that does not. The floors of two valleys have to beat `default_of(length)` in `confirm`, or the
-    default stays. `known` is the memory: list -> value; what is in it is not measured again.
+    Each extends the one before it; where that is a default which extends nothing (a Karras grid),
+    the one found in its place. The floors of two valleys have to beat `default_of(length)` in
+    `confirm`, or the default stays. `known` is the memory, list -> value: what is in it is not
+    measured again.
     """
     known = {} if known is None else known
     chosen = default_of(1)
