@@ -34,6 +34,8 @@ class ModelDescription:
     boundary: float = 0.002  # sigma at which f is the identity
     lowest_sigma: float = 0.0  # trained from here upwards only (TCM's second stage)
     mid_sigma: float = 0.821  # second noise level of two-step sampling (iCT's for CIFAR-10)
+    # Noise levels that a search found better than the default ones, one list per number of steps.
+    searched: tuple[tuple[float, ...], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -43,12 +45,16 @@ class ModelDescription:
     def sigmas(self, steps: int) -> list[float]:
         """The noise levels of a `steps`-step consistency sample, descending from sigma_max.
 
-        Two steps use `mid_sigma`; more steps take the Karras grid between sigma_max and the lowest
-        level the model knows (sigma_min excluded). No level lies below `lowest_sigma`.
+        Those `searched` for so many steps, if any. Else two steps use `mid_sigma`, more steps the
+        Karras grid between sigma_max and the lowest level the model knows (sigma_min excluded). No
+        level lies below `lowest_sigma`.
         """
         noise, lowest = self.noise, self.lowest_sigma
         if steps == 1:
             return [noise.sigma_max]
+        for levels in self.searched:
+            if len(levels) == steps:
+                return list(levels)
         if steps == 2:
             return [noise.sigma_max, max(self.mid_sigma, lowest)]
         if lowest > 0:
@@ -60,8 +66,12 @@ class ModelDescription:
     def times(self, steps: int) -> list[float]:
         """The times of a `steps`-step MeanFlow sample, descending from 1.
 
-        Two steps pass through t = sigma / (1 + sigma) of `mid_sigma`, more are equally long.
+        They pass through t = sigma / (1 + sigma) of the levels `searched` for so many steps. Else
+        two steps pass through that of `mid_sigma`, more are equally long.
         """
+        for levels in self.searched:
+            if len(levels) == steps:
+                return [1.0, *(sigma / (1 + sigma) for sigma in levels[1:])]
         if steps == 2:
             return [1.0, self.mid_sigma / (1 + self.mid_sigma)]
         return [1 - step / steps for step in range(steps)]
@@ -81,11 +91,15 @@ class ModelDescription:
         return 2 * steps - 1 if self.kind == "denoiser" else steps
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
+        """What `from_json` reads; without `searched` where nothing was, as before there was one."""
+        said = dataclasses.asdict(self)
+        if not self.searched:
+            del said["searched"]
+        return json.dumps(said, indent=1, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "ModelDescription":
-        """Raises ValueError when a key is missing or unknown."""
+        """Raises ValueError when a key is missing or unknown, or `searched` holds no numbers."""
         raw = json.loads(text)
         try:
             network: dict[str, Any] = {
@@ -97,10 +111,17 @@ class ModelDescription:
                     "network": NetworkConfig(**network),
                     "noise": NoiseConfig(**raw["noise"]),
                     "class_names": tuple(raw["class_names"]),
+                    "searched": tuple(tuple(map(_number, s)) for s in raw.get("searched", ())),
                 }
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"config.json is not a cmforge model description: {error}") from error
+
+
+def _number(raw: Any) -> float:
+    if not isinstance(raw, int | float):
+        raise TypeError(f"{raw!r} is no noise level")
+    return float(raw)
 
 
 def build_network(

@@ -80,6 +80,14 @@ class TrainedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SearchedModel(TrainedModel):
+    """A model whose `config.json` has the noise levels that were searched; `sigmas.json` holds
+    every list that was measured."""
+
+    searched: tuple[tuple[float, ...], ...]  # sigmas, one list per number of steps that has one
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What a sweep decided: `recipe.yaml` is the recipe with the winner's settings, `delta.yaml`
     what differs. `summary.json` holds every trial, `sweep.html` shows them."""

@@ -75,7 +75,7 @@ def show(
         )
     print(f"A  {names[0]}\nB  {names[1]}\n")
     for row in range(0, len(jobs), 2):
-        _print_pair(jobs[row], *found[row : row + 2])
+        _print_pair(jobs[row : row + 2], found[row : row + 2])
     with storage.mendable(str(out)):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(png.encode_png(_sheet(found)))
@@ -85,12 +85,13 @@ def show(
         print(f"{jobs[0].protocol.features.metric} is not FID")
 
 
-def _print_pair(job: Job, a: Measured, b: Measured) -> None:
+def _print_pair(jobs: Sequence[Job], found: Sequence[Measured]) -> None:
     """Both numbers, and whether they differ by more than their spread."""
+    (job, _), (a, b) = jobs, found
     steps = job.protocol.steps
     print(f"{job.protocol.name}, {steps} step{'s' if steps > 1 else ''}")
     one, other = _measurement(job, a), _measurement(job, b)
-    for letter, measured in (("A", a), ("B", b)):
+    for letter, measured, asked in zip("AB", found, jobs, strict=True):
         told = one.text(mean(measured.values))
         if len(measured.values) > 1:
             told += (
@@ -98,6 +99,8 @@ def _print_pair(job: Job, a: Measured, b: Measured) -> None:
             )
         if measured.agreement is not None:
             told += f", {100 * measured.agreement:.1f} % in the right class"
+        if steps > 1:
+            told += _levels(asked)
         print(f"  {letter}  {told}")
     gap, margin = mean(a.values) - mean(b.values), gate.margin_of(one, other)
     if abs(gap) <= margin:
@@ -108,6 +111,14 @@ def _print_pair(job: Job, a: Measured, b: Measured) -> None:
             f"  {lower} is lower by {one.text(abs(gap))}, more than the margin of "
             f"{one.text(margin)}\n"
         )
+
+
+def _levels(job: Job) -> str:
+    """Where the samples passed through: two models may differ in that alone."""
+    from consistency.published import ModelDescription
+
+    levels = ModelDescription.from_json(job.subject.description).levels(job.protocol.steps)
+    return f", levels {', '.join(f'{level:.4g}' for level in levels)}" if levels else ""
 
 
 def _measurement(job: Job, measured: Measured) -> gate.Measurement:

@@ -19,6 +19,7 @@ from consistency.method_config import (
     TargetEMA,
     TruncateConfig,
 )
+from consistency.sigma_search import FINALISTS
 from infra.errors import UserError
 from pipelines import adopting, config
 from pipelines.adopted import Adopted
@@ -305,7 +306,8 @@ def _resident(training: StageTraining, network: "PassCost") -> int:
 
 
 def _evaluations(recipe: Recipe) -> int:
-    """Network calls of the evaluation and of select_ema, each for one image."""
+    """Network calls of the evaluation, and at most of select_ema and search_sigmas, each for one
+    image."""
     asked = recipe.evaluate
     trained: dict[str, TrainConfig] = {"distill": recipe.distill, "isolate": recipe.isolate}
     trained |= {"truncate": recipe.truncate} if recipe.truncate else {}
@@ -321,6 +323,11 @@ def _evaluations(recipe: Recipe) -> int:
             if training.snapshots:
                 lengths |= {PowerEMA(sigma_rel=width).name for width in select.sigma_rel}
             calls += len(lengths) * select.samples * select.steps
+    if recipe.search_sigmas is not None:
+        searching = recipe.search_sigmas
+        confirming = FINALISTS * searching.confirm_samples * searching.confirm_blocks
+        samples = searching.evaluations * searching.samples + confirming
+        calls += len(trained) * sum(n * samples for n in range(2, searching.steps + 1))
     return calls
 
 

@@ -5,9 +5,10 @@ shard -+-> reference --------------------------+
        |            +- - - - - - -> (weights)  |
        +-> isolate (from scratch: beside all) -+
 
-On request: `truncate` follows isolate or distill as one more candidate, a `select_ema` stands
-between each candidate and evaluate, and a `tune` before the stage whose settings it searches.
-Where a recipe names a model from outside (`teacher.from`), the stage's step copies it.
+On request: `truncate` follows isolate or distill as one more candidate, a `select_ema` and then a
+`search_sigmas` stand between each candidate and evaluate, and a `tune` before the stage whose
+settings it searches. Where a recipe names a model from outside (`teacher.from`), the stage's step
+copies it.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from pipelines.artifacts import (
     ReferenceStats,
     RegisteredModel,
     Report,
+    SearchedModel,
     ShardSet,
     TrainedModel,
     Tuned,
@@ -39,6 +41,7 @@ from pipelines.steps import (
     reference,
     register,
     report,
+    search_sigmas,
     select_ema,
     shard,
     teacher,
@@ -122,7 +125,8 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
     trained = {"distill": distilled, "isolate": isolated}
     if recipe.truncate is not None:
         trained["truncate"] = model("truncate", truncate.run, first=trained[recipe.truncate.of])
-    selected: dict[str, Step] = {}
+    candidates = trained
+    refined: dict[str, Step] = {}
     if recipe.select_ema is not None:
         selection = select_ema.SelectStage(
             select=recipe.select_ema, mid_sigma=recipe.evaluate.mid_sigma
@@ -141,7 +145,26 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             for name, step in trained.items()
             if name not in models
         }
-    candidates = {**trained, **selected}
+        candidates = {**trained, **selected}
+        refined |= {step.name: step for step in selected.values()}
+    if recipe.search_sigmas is not None:
+        searching = search_sigmas.SearchStage(
+            search=recipe.search_sigmas, mid_sigma=recipe.evaluate.mid_sigma
+        )
+        candidates = {
+            name: Step(
+                name=search_sigmas.step_name(name),
+                written=("search.", "search_sigmas."),
+                run=search_sigmas.run,
+                config=searching,
+                returns=SearchedModel,
+                inputs={"shard": shards, "reference": yardstick, "trained": step},
+                cpus=0,
+                gang="evaluators",
+            )
+            for name, step in candidates.items()
+        }
+        refined |= {step.name: step for step in candidates.values()}
     evaluated = Step(
         name="evaluate",
         written=("", "evaluate."),
@@ -182,7 +205,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             "evaluate": evaluated,
             "register": registered,
             **trained,
-            **{step.name: step for step in selected.values()},
+            **refined,
             **{step.name: step for step in tunings.values()},
         },
     )
@@ -195,7 +218,7 @@ def build(recipe: Recipe, cluster: Cluster, source: RecipeSource | None = None) 
             for name, stage in trained.items()
             for step in (*_tuned(tunings, name).values(), stage)
         ),
-        *selected.values(),
+        *refined.values(),
         evaluated,
         registered,
         page,
@@ -277,5 +300,9 @@ def _check_ranks(recipe: Recipe, dim: int) -> None:
         check_rank(samples, dim, allowed, f"evaluate.{key}")
     if select is not None:
         check_rank(select.samples, dim, select.allow_rank_deficient, "select_ema.samples")
+    if (searching := recipe.search_sigmas) is not None:
+        for key in ("samples", "confirm_samples"):
+            samples, allowed = getattr(searching, key), searching.allow_rank_deficient
+            check_rank(samples, dim, allowed, f"search_sigmas.{key}")
     if recipe.watch is not None:
         check_rank(recipe.watch.samples, dim, recipe.watch.allow_rank_deficient, "watch.samples")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from pipelines import html_metrics, html_sweep, html_training, svg
+from pipelines import html_levels, html_metrics, html_sweep, html_training, svg
 from pipelines.artifacts import (
     Evaluation,
     ReferenceStats,
@@ -15,6 +15,7 @@ from pipelines.artifacts import (
     Score,
     ShardSet,
 )
+from pipelines.html_levels import SigmaSearch
 from pipelines.html_page import document
 from pipelines.html_training import Selection, Training, css_class
 from pipelines.svg import Stage, duration
@@ -35,6 +36,7 @@ class Page:
     trainings: tuple[Training, ...]
     sweeps: tuple[SweepSummary, ...] = ()
     selections: tuple[Selection, ...] = ()
+    searches: tuple[SigmaSearch, ...] = ()
     evaluation: Evaluation
     registered: RegisteredModel
     samples: Mapping[str, Sequence[bytes]]  # "{candidate}-{steps}" -> one PNG per sample
@@ -65,6 +67,7 @@ def render(page: Page) -> str:
             *(html_sweep.section(summary) for summary in page.sweeps),
             html_training.curves(page.trainings),
             html_training.selections(page.selections, page.evaluation.text),
+            html_levels.section(page.searches, page.evaluation.text),
             _lineage(page),
             _recipe(page),
         ]
@@ -212,6 +215,7 @@ def _lineage(page: Page) -> str:
     }
     made = [(t.stage, t.model) for t in page.trainings]
     made += [(s.stage, s.model) for s in page.selections]
+    made += [(s.stage, s.model) for s in page.searches]
     for stage_name, model in made:
         said.setdefault(stage_name, []).append(("weights", model.weights_sha256))
         if model.source is not None:

@@ -17,13 +17,14 @@ from infra.errors import UserError
 from pipelines import importing
 from pipelines.artifacts import Evaluation, from_json
 from pipelines.model_record import FILES
-from pipelines.steps import select_ema
+from pipelines.steps import search_sigmas, select_ema
 
 if TYPE_CHECKING:
     from consistency.published import ModelDescription, PublishedModel
 
 CANDIDATES = ("distill", "isolate", "truncate")
-STEPS = ("teacher", *CANDIDATES, *map(select_ema.step_name, CANDIDATES))
+REFINED = (search_sigmas.step_name, select_ema.step_name)  # the last one first
+STEPS = ("teacher", *CANDIDATES, *(name(one) for name in REFINED[::-1] for one in CANDIDATES))
 
 
 def load(name: str | None, workspace: str, tracking_uri: str) -> "PublishedModel":
@@ -133,11 +134,12 @@ def _registered(name: str, tracking_uri: str, scratch: Path) -> tuple[Path, "Mod
 
 
 def _input(workspace: str, record: dict[str, Any], name: str) -> dict[str, Any]:
-    """The record of one input of a recorded step: of that name, or a selection of its EMAs."""
+    """The record of one input of a recorded step: of that name, or what was chosen of its EMAs and
+    noise levels."""
     from pipelines import dag
 
     inputs = {i["name"]: i["fingerprint"] for i in record["identity"]["inputs"]}
-    for step in (name, select_ema.step_name(name)):
+    for step in (name, *(step_name(name) for step_name in REFINED)):
         home = dag.home_at(workspace, step, inputs[name])
         if storage.exists(storage.join(home, "COMMIT.json")):
             return dag.read_record(home)

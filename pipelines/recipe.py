@@ -145,6 +145,34 @@ class SelectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SigmaSearchConfig:
+    """Which noise levels a candidate samples at in several steps: found greedily, each scored as
+    `evaluate` would, and kept where a larger sample confirms that they beat the default ones."""
+
+    steps: int = 2  # the longest list of levels; each shorter one is found on the way
+    samples: int = 1_000
+    confirm_samples: int = 2_000  # per seed block
+    confirm_blocks: int = 3
+    grid: int = 8  # levels that find the valleys
+    tolerance: float = 0.2  # width of a valley, in ln sigma, at which its floor is found
+    evaluations: int = 24  # lists measured for one level, at most
+    allow_rank_deficient: bool = False
+    seed: int = 3  # the confirmation takes the next one: other noise, as the evaluation's is
+
+    def __post_init__(self) -> None:
+        require(2 <= self.steps <= 64, f"steps: {self.steps} must be in 2 to 64")
+        require(self.samples > 1, f"samples: {self.samples} must be > 1")
+        require(self.confirm_samples > 1, f"confirm_samples: {self.confirm_samples} must be > 1")
+        require(self.confirm_blocks > 0, f"confirm_blocks: {self.confirm_blocks} must be > 0")
+        require(self.grid >= 3, f"grid: {self.grid} must be >= 3")
+        require(0.01 <= self.tolerance <= 2, f"tolerance: {self.tolerance} must be in 0.01 to 2")
+        require(
+            self.evaluations > self.grid,
+            f"evaluations: {self.evaluations} must be > grid ({self.grid}), which comes first",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class WatchConfig:
     """Evaluation while a stage trains. It changes no weights, so it is no part of any identity."""
 
@@ -208,6 +236,7 @@ class Recipe:
     isolate: IsolateConfig
     truncate: TruncateConfig | None = None  # TCM's second stage; None: no such step
     select_ema: SelectConfig | None = None  # None: the first EMA of each stage is published
+    search_sigmas: SigmaSearchConfig | None = None  # None: evaluate.mid_sigma, and Karras levels
     reference: ReferenceConfig = ReferenceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     watch: WatchConfig | None = None  # None: stages train without looking

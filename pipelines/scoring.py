@@ -139,8 +139,9 @@ def measure_all(
     work: str,
     save_every: float,
     threads: int,
+    few: int | None = None,
 ) -> list[Measured]:
-    """Every job's numbers. Partial sums are kept in `work`, and gone on with."""
+    """Every job's numbers. Partial sums are kept in `work`, and gone on with. few: see `fill`."""
     reference = yardstick.statistics()
 
     blocks = [_blocks(job, storage.join(work, "blocks")) for job in jobs]
@@ -152,6 +153,7 @@ def measure_all(
         work=work,
         save_every=save_every,
         value_of=partial(yardstick.value, reference),
+        few=few,
     )
     return [_measured(yardstick, reference, *pair) for pair in zip(jobs, blocks, strict=True)]
 
@@ -170,6 +172,7 @@ def measure_in_step(
         work=ctx.work,
         save_every=ctx.cluster.checkpoint_every_seconds,
         threads=ctx.cluster.cpus_per_evaluator,
+        few=0 if ctx.cluster.gpus_per_evaluator > 0 else None,  # this process has no GPU
     )
 
 
@@ -181,10 +184,12 @@ def fill(
     work: str,
     save_every: float,
     value_of: "Callable[[GaussianStats], float] | None" = None,
+    few: int | None = None,
 ) -> None:
     """Measure what is still open of every job's blocks, and save them as they grow.
 
     value_of: turns a block's sums into its number as soon as they are complete.
+    few: so many items are measured here, without evaluators (None: FEW).
     """
     items = [item for number, of_job in enumerate(blocks) for item in cut(number, of_job)]
     progress = _Progress(work, items)
@@ -202,7 +207,7 @@ def fill(
             block.save()
             saved = time.monotonic()
 
-    if len(items) <= FEW:
+    if len(items) <= (FEW if few is None else few):
         spread = in_process
     if items:
         in_order(spread(make, items), len(items), take=take)

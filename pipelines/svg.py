@@ -44,7 +44,8 @@ def duration(seconds: float) -> str:
 # --- the DAG -------------------------------------------------------------------------------------
 
 _BOX = (140, 72)  # width, height
-LONGEST_NAME = 14  # letters that fit the box; more are set smaller
+LONGEST_NAME = 14  # letters that fit the box; more are set smaller,
+LONGEST_SMALL_NAME = 19  # ... and more than these smaller yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +156,7 @@ def _box(stage: Stage, x: float, y: float) -> str:
     title = f"{stage.name}: {_state(stage)}; fingerprint {stage.fingerprint}"
     kind = stage.state if stage.state in ("cached", "ran", "now") else "ran"
     name = "name" if len(stage.name) <= LONGEST_NAME else "name long"
+    name += " longer" if len(stage.name) > LONGEST_SMALL_NAME else ""
     return (
         f'<g transform="translate({x:g},{y:g})"><title>{escape(title)}</title>'
         f'<rect class="box" width="{width}" height="{height}" rx="12"/>'

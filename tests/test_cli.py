@@ -29,8 +29,10 @@ from pipelines.artifacts import (
     RegisteredModel,
     Report,
     Score,
+    SearchedModel,
     ShardSet,
     TrainedModel,
+    to_json,
 )
 from pipelines.dag import Planned, Step, StepContext
 from pipelines.execution import Event
@@ -137,6 +139,8 @@ def body(ctx: StepContext, config: Any, **inputs: Any) -> Any:
     if ctx.step in FAILING:
         raise FAILING[ctx.step]
     (ctx.out / "report.html").write_text("<html>")
+    if ctx.step.startswith("search_sigmas-"):
+        return SearchedModel(**to_json(MODEL), searched=((80.0, 1.5),))
     return VALUES[ctx.step.removeprefix("select_ema-")]
 
 
@@ -559,6 +563,13 @@ def test_steps_of_the_new_stages_line_up_and_can_be_forced(addresses, capsys):
     RAN.clear()
     assert command("run", "quickstart", *keys, "--force", "select_ema-isolate") == 0
     assert RAN == ["select_ema-isolate"]  # the same result, so no one after it runs
+    capsys.readouterr()
+    capsys.readouterr()
+    searched = [*keys, "search_sigmas.steps=3"]
+    RAN.clear()
+    assert command("run", "quickstart", *searched) == 0
+    searches = [f"search_sigmas-{c}" for c in ("distill", "isolate", "truncate")]
+    assert sorted(RAN) == [*sorted(("evaluate", "register", "report")), *searches]
     capsys.readouterr()
     assert command("run", "quickstart", "--force", "select_ema-isolate") == 2
     assert "--force select_ema-isolate: no such step" in one_line(capsys)
@@ -1067,6 +1078,22 @@ def test_sample_takes_the_average_that_was_selected(addresses, capsys, tmp_path)
     shutil.rmtree(folder.parents[1])
     assert command("sample") == 2
     assert "the distill registered last is gone from workspace" in one_line(capsys)
+
+
+def test_sample_takes_the_levels_that_were_searched(addresses, capsys, tmp_path):
+    assert command("run", "quickstart", "search_sigmas.steps=2") == 0
+    for step in ("distill", "search_sigmas-distill"):
+        (folder,) = Path().glob(f"cmforge-workspace/steps/{step}/*/attempts/*")
+        model_folder(folder, "consistency")
+    config = json.loads((folder / "config.json").read_text())
+    config["searched"] = [[80.0, 5.0]]
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    two, by_hand = ("--steps", "2"), ("--levels", "80,5")
+    assert drawn(*two) == drawn("search_sigmas-distill", *two) == drawn("distill", *by_hand)
+    assert drawn(*two) != drawn("distill", *two)
+    assert drawn(*by_hand[:1], "80,0.8") == drawn("distill", *by_hand[:1], "80,0.8")  # overrides
+    assert drawn("--steps", "1") == drawn("distill", "--steps", "1")
 
 
 def test_a_workspace_of_another_version_is_one_line(addresses, capsys):

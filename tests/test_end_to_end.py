@@ -313,8 +313,34 @@ def test_every_stage_there_is_runs_once_and_a_new_selection_trains_nothing(tmp_p
         images = model.predict({"num_samples": [40]}, params=params)
         assert np.array_equal(np.asarray(images), sheets[f"{candidate}-{steps}"])
 
-    # Another selection trains nothing: every other step is taken as it is.
-    result = run(tmp_path, "select_ema.samples=41", recipe=FAMILY)
+    # Another selection, and a search of levels, train nothing: what is before is taken as it is.
+    keys = "steps: 2, samples: 40, confirm_samples: 40, grid: 3, evaluations: 5"
+    searching = f"search_sigmas={{{keys}, allow_rank_deficient: true}}"
+    result = run(tmp_path, "select_ema.samples=41", searching, recipe=FAMILY)
     assert result.returncode == 0, result.stdout + result.stderr
     cached = {line.split()[1] for line in result.stdout.splitlines() if " cached" in line}
     assert cached == {"shard", "reference", "teacher", *candidates}
+
+    # What was searched is what is evaluated, and what the registered model does by itself.
+    homes = {
+        name: next(tmp_path.glob(f"steps/search_sigmas-{name}/*/attempts/*/config.json"))
+        for name in candidates
+    }
+    found = {name: json.loads(home.read_text()).get("searched") for name, home in homes.items()}
+    evaluate, register = (
+        record["value"]
+        for step in ("evaluate", "register")
+        for path in tmp_path.glob(f"steps/{step}/*/COMMIT.json")
+        if (record := json.loads(path.read_text()))["fingerprint"] != done[step]["fingerprint"]
+    )
+    for row in evaluate["scores"]:
+        name, steps = row["candidate"], row["protocol"]["steps"]
+        if steps == 2 and found.get(name):
+            sigmas = found[name][0]
+            times = [1.0, sigmas[1] / (1 + sigmas[1])]
+            assert row["levels"] == (times if name == "isolate" else sigmas)
+        elif name != "teacher":
+            assert row["levels"] == levels.get((name, steps))
+    model = mlflow.pyfunc.load_model(f"models:/tiny-family/{register['version']}")
+    about = model.unwrap_python_model().model.description
+    assert [list(one) for one in about.searched] == (found[register["candidate"]] or [])

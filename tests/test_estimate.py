@@ -283,6 +283,10 @@ def test_the_evaluation_is_counted_in_network_calls():
     ]
     selected = estimate.estimate(load_recipe("quickstart", overrides))
     assert selected.evaluations == found.evaluations + 2 * 100 + 3 * 100
+    keys = ["steps=3", "samples=100", "confirm_samples=200", "confirm_blocks=2", "evaluations=20"]
+    searched = estimate.estimate(load_recipe("quickstart", [f"search_sigmas.{k}" for k in keys]))
+    calls = (20 * 100 + 3 * 2 * 200) * (2 + 3)  # the default and two others are confirmed
+    assert searched.evaluations == found.evaluations + 2 * calls
 
 
 # --- what the recipes say of themselves ----------------------------------------------------------

@@ -104,10 +104,68 @@ def test_a_selection_stands_between_each_candidate_and_its_evaluation():
     assert inputs(built["truncate"])["first"] == "isolate"  # and so is a first stage
 
 
+def test_a_search_of_levels_stands_behind_what_is_selected_of_each_candidate():
+    for before, of in ((TRUNCATED, "{}"), (WHOLE, "select_ema-{}")):
+        built = steps(*before, "search_sigmas.steps=3")
+        for name in ("distill", "isolate", "truncate"):
+            search = built[f"search_sigmas-{name}"]
+            assert inputs(search) == {
+                "shard": "shard",
+                "reference": "reference",
+                "trained": of.format(name),
+            }
+            assert search.gang == "evaluators"
+            for judge in ("evaluate", "register"):
+                assert inputs(built[judge])[name] == f"search_sigmas-{name}"
+            given = inputs(built["report"])
+            assert given[name] == name
+            assert given[f"search_sigmas-{name}"] == f"search_sigmas-{name}"
+        assert inputs(built["evaluate"])["teacher"] == "teacher"  # a denoiser is not searched
+        assert ("select_ema-isolate" in inputs(built["report"])) == (before is WHOLE)
+
+
 # --- what a changed key runs again ---------------------------------------------------------------
 
 JUDGED = ["evaluate", "register", "report"]
 SELECTIONS = ["select_ema-distill", "select_ema-isolate", "select_ema-truncate"]
+
+
+SEARCHED = [*WHOLE, "search_sigmas.steps=2"]
+SEARCHES = ["search_sigmas-distill", "search_sigmas-isolate", "search_sigmas-truncate"]
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        ("search_sigmas.steps=4", [*SEARCHES, *JUDGED]),
+        ("search_sigmas.samples=900", [*SEARCHES, *JUDGED]),
+        ("search_sigmas.seed=7", [*SEARCHES, *JUDGED]),
+        ("search_sigmas.tolerance=0.1", [*SEARCHES, *JUDGED]),
+        ("select_ema.samples=200", [*SELECTIONS, *SEARCHES, *JUDGED]),
+        ("evaluate.mid_sigma=0.7", [*SELECTIONS, *SEARCHES, *JUDGED]),
+        ("evaluate.samples=1_000", JUDGED),
+        ("search_sigmas.samples=1_000", []),  # as it was
+    ],
+)
+def test_a_key_of_the_search_runs_again_the_searches_and_what_follows(change, rerun):
+    assert changed(SEARCHED, [*SEARCHED, change]) == rerun
+
+
+def test_a_search_leaves_every_training_and_selection_as_it_was():
+    assert changed(WHOLE, SEARCHED) == [*SEARCHES, *JUDGED]
+    assert changed([], ["search_sigmas.steps=2"]) == [*SEARCHES[:2], *JUDGED]
+    assert changed([], ["search_sigmas=null"]) == []
+    before, after = steps(*SEARCHED), steps(*SEARCHED, "search_sigmas.grid=5")
+    forms = [dag.canonical(one[SEARCHES[0]].identity().config) for one in (before, after)]
+    (line,) = [after[SEARCHES[0]].as_written(line) for line in dag.diff(*forms)]
+    assert line.startswith("search_sigmas.grid: ")
+
+
+@pytest.mark.parametrize("key", ["samples", "confirm_samples"])
+def test_a_search_of_too_few_samples_is_refused_before_any_training(key):
+    with pytest.raises(UserError, match=rf"^search_sigmas.{key}: 64 samples of 64 features"):
+        steps(f"search_sigmas.{key}=64")
+    steps(f"search_sigmas.{key}=64", "search_sigmas.allow_rank_deficient=true")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +310,11 @@ CLASSLESS = "network.class_conditional=false"
         ),
         (["select_ema.sigma_rel=[0.3]"], "select_ema.sigma_rel: [0.3] must lie in (0, 0.28)"),
         (["select_ema.steps=3"], "select_ema.steps: expected one of 1, 2, got 3"),
+        (["search_sigmas.steps=1"], "search_sigmas.steps: 1 must be in 2 to 64"),
+        (["search_sigmas.grid=2"], "search_sigmas.grid: 2 must be >= 3"),
+        (["search_sigmas.tolerance=0"], "search_sigmas.tolerance: 0.0 must be in 0.01 to 2"),
+        (["search_sigmas.evaluations=8"], "search_sigmas.evaluations: 8 must be > grid (8)"),
+        (["search_sigmas.sample=9"], "search_sigmas.sample: unknown key, did you mean 'samples'?"),
         (["distill.distance=lpips"], "distill.lpips: distance lpips needs the file of its weights"),
         (["distill.lpips=x.pth"], "distill.lpips: distance lpips needs the file of its weights"),
         (["truncate.images=12_800"], "truncate.method: missing, one of tcm"),

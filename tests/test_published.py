@@ -162,6 +162,49 @@ def test_noise_levels_of_a_consistency_model():
     assert (generate(other) != generate(published)).any()
 
 
+def test_searched_levels_come_before_the_default_ones():
+    plain = about(KINDS["ict"])
+    found = replace(plain, searched=((80.0, 1.5), (80.0, 1.5, 0.4, 0.1)))
+    assert found.levels(1) == [80.0]
+    assert found.levels(2) == [80.0, 1.5]
+    assert replace(found, mid_sigma=0.5).levels(2) == [80.0, 1.5]  # as register and evaluate do
+    assert found.levels(3) == plain.levels(3)  # its default was not beaten
+    assert found.levels(4) == [80.0, 1.5, 0.4, 0.1]
+    published = model("ict")
+    searched = build(found, published.function.net.state_dict())
+    np.testing.assert_array_equal(
+        generate(searched, steps=2), generate(published, steps=2, levels=[80.0, 1.5])
+    )
+    np.testing.assert_array_equal(
+        generate(searched, steps=2, levels=[80.0, 0.821]), generate(published, steps=2)
+    )
+    flow = replace(about(KINDS["mean_flow"]), searched=((80.0, 1.5),))
+    assert flow.levels(2) == [1.0, 0.6]
+
+
+def test_searched_levels_are_written_and_read_and_may_be_missing():
+    plain = about(KINDS["ict"])
+    found = replace(plain, searched=((80.0, 1.5), (80.0, 1.5, 0.4)))
+    assert ModelDescription.from_json(found.to_json()) == found
+    assert "searched" not in json.loads(plain.to_json())  # the text, and its digest, of before
+    assert ModelDescription.from_json(plain.to_json()) == plain
+
+
+@pytest.mark.parametrize("bad", [5, [5], [["80"]], [[None]], {"2": 1}, None])
+def test_searched_levels_that_are_no_numbers_are_no_description(bad):
+    raw = {**json.loads(about(KINDS["ict"]).to_json()), "searched": bad}
+    with pytest.raises(ValueError, match="not a cmforge model description"):
+        ModelDescription.from_json(json.dumps(raw))
+
+
+@pytest.mark.parametrize("bad", [(70.0, 1.0), (80.0, 90.0), (80.0, 0.0001)])
+def test_searched_levels_that_make_no_sense_are_refused_when_asked_for(bad):
+    found = replace(about(KINDS["ict"]), searched=(bad,))
+    published = build(found, model("ict").function.net.state_dict())
+    with pytest.raises(ValueError, match="levels"):
+        generate(published, steps=2)
+
+
 def test_a_truncated_model_is_never_asked_below_its_lowest_level():
     published = model("tcm")
     assert published.description.levels(1) == [80.0]

@@ -4,6 +4,7 @@ import base64
 import io
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
+from consistency import published
 from infra import registry, tracking
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
 from pipelines.recipe import RegisterConfig
@@ -44,8 +46,6 @@ def place(template: Path, tmp_path: Path) -> Place:
 
 def test_the_served_model_draws_what_the_library_draws(place: Place) -> None:
     from PIL import Image
-
-    from consistency import published
 
     place.register()
     served = place.load()
@@ -130,6 +130,7 @@ def run_step(
     percents: dict[tuple[str, int], float],
     prefix: str = "",
     mid_sigma: float = 0.821,
+    searched: tuple[tuple[float, ...], ...] = (),
     **wanted: Any,
 ) -> Any:
     """The register step on the two model folders of the template; `prefix` of the step names."""
@@ -153,7 +154,12 @@ def run_step(
 
     def fetch(source: Any, name: str) -> Path:
         if source.step != "evaluate":
-            return place.models / source.step.removeprefix(prefix) / name
+            own = place.models / source.step.removeprefix(prefix) / name
+            if name != "config.json":
+                return own
+            about = published.ModelDescription.from_json(own.read_text())
+            (place.workspace / name).write_text(replace(about, searched=searched).to_json())
+            return place.workspace / name
         (place.workspace / name).write_bytes(b"png")
         return place.workspace / name
 
@@ -226,6 +232,32 @@ def test_another_second_level_is_another_model(place: Place) -> None:
     digests = {run_step(place, PERCENTS, mid_sigma=sigma).digest for sigma in (0.821, 2.0)}
     assert len(digests) == 2
     assert place.load(2).unwrap_python_model().model.description.mid_sigma == 2.0
+
+
+def test_searched_levels_are_registered_and_served_by_default(place: Place) -> None:
+    """Whatever second level the evaluation has for models without any."""
+    found = ((80.0, 3.5), (80.0, 3.5, 0.25))
+    plain = run_step(place, PERCENTS, mid_sigma=2.0)
+    value = run_step(place, PERCENTS, prefix="search_sigmas-", mid_sigma=2.0, searched=found)
+    assert (plain.version, value.version) == (1, 2)
+    assert plain.digest != value.digest
+    model = place.load(2)
+    about = model.unwrap_python_model().model.description
+    assert (about.mid_sigma, about.searched) == (2.0, found)
+    asked = {"num_samples": [4]}
+    for levels in found:
+        params = {"steps": len(levels), "seed": 0, "output": "uint8"}
+        own = published.load(place.models / "isolate").generate(
+            range(4), steps=len(levels), seed=0, levels=levels
+        )
+        assert (np.asarray(model.predict(asked, params=params)) == own).all()
+
+
+def test_the_card_says_the_levels_of_each_number_of_steps(place: Place) -> None:
+    run_step(place, PERCENTS)
+    card = tracking.connect(place.uri).get_model_version(NAME, "1").description
+    assert "| 1 | 1 | 100 | 0.90 % |  | 0.90 % | 80 |" in card
+    assert "| 2 | 2 | 100 | 0.80 % |  | 0.80 % | 80, 0.821 |" in card
 
 
 def test_the_step_ranks_by_the_asked_for_number_of_steps(place: Place) -> None:

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from consistency.evaluation.protocol import FeatureProtocol
-from pipelines import html, html_training, svg
+from pipelines import html, html_levels, html_training, svg
 from pipelines.artifacts import (
     Committed,
     RegisteredModel,
+    SearchedModel,
     ShardSet,
     TrainedModel,
     Tuned,
@@ -26,7 +27,7 @@ from pipelines.artifacts import (
 from pipelines.dag import StepContext, StepHistory
 from pipelines.png import encode_png, grid
 from pipelines.recipe import Cluster
-from pipelines.steps import report, select_ema, tune
+from pipelines.steps import report, search_sigmas, select_ema, tune
 from tests import sweeps
 from tests.scores import INCEPTION, evaluation, reference, score
 
@@ -391,6 +392,47 @@ def test_the_averages_that_were_compared_are_a_table_with_one_published() -> Non
     assert 'id="ema"' not in html.render(page())
 
 
+SEARCH = html_levels.SigmaSearch(
+    stage="search_sigmas-isolate",
+    of="isolate",
+    model=SearchedModel(
+        **{**to_json(trained("isolate")), "weights_sha256": "9" * 64}, searched=((80.0, 1.234),)
+    ),
+    confirmed=(
+        html_levels.Levels(sigmas=(80.0, 0.821), value=0.66, said="default"),
+        html_levels.Levels(sigmas=(80.0, 1.234), value=0.52, said="searched", used=True),
+    ),
+    tried=(
+        html_levels.Levels(sigmas=(80.0, 24.65), value=None, said="fd_domain_500"),
+        html_levels.Levels(sigmas=(80.0, 1.234), value=0.55, said="fd_domain_500"),
+    ),
+)
+
+
+def test_searched_levels_stand_beside_the_default_ones_with_those_in_use_marked() -> None:
+    document = html.render(page(searches=(SEARCH,)))
+    Outline(document)  # well-formed
+    section = document[document.index('<section id="levels">') :]
+    rows = re.findall(r"<tr>.*?</tr>", section[: section.index("</section>")])
+    cells = [[re.sub("<.*?>", "", c) for c in re.findall(r"<t[dh].*?</t[dh]>", r)] for r in rows]
+    head = ["candidate", "steps", "levels σ", "which", "distance"]
+    assert cells == [
+        head,
+        ["isolate", "2", "80, 0.821", "default", "0.66 %"],
+        ["isolate", "2", "80, 1.234 used", "searched", "0.52 %"],
+        head,
+        ["isolate", "2", "80, 24.65", "fd_domain_500", "not finite"],
+        ["isolate", "2", "80, 1.234", "fd_domain_500", "0.55 %"],
+    ]
+    assert 'id="levels"' not in html.render(page())
+    hostile = dataclasses.replace(
+        SEARCH, of=HOSTILE, tried=tuple(dataclasses.replace(t, said=HOSTILE) for t in SEARCH.tried)
+    )
+    outline = Outline(html.render(page(searches=(hostile,))))
+    assert [tag for tag, _ in outline.tags] == [tag for tag, _ in Outline(document).tags]
+    assert "".join(outline.text).count(HOSTILE) == 6
+
+
 def test_the_average_of_each_training_is_a_fact() -> None:
     assert html.render(page()).count("<dt>EMA</dt><dd>power-0.1</dd>") == 3
 
@@ -415,6 +457,9 @@ class LocalContext(StepContext):
 
 
 def _more(name: str) -> object:
+    if name.startswith("search_sigmas-"):
+        model = trained(name.removeprefix("search_sigmas-"))
+        return SearchedModel(**to_json(model), searched=((80.0, 1.5),))
     if not name.startswith("tune-"):
         return trained(name.removeprefix("select_ema-"))
     return Tuned(
@@ -461,6 +506,13 @@ def finished(tmp_path: Path, *more: str) -> dict[str, Committed[Any]]:
             rows = [{"name": "power-0.1", "value": 0.61, "chosen": False}]
             rows += [{"name": "power-0.15", "value": 0.52, "chosen": True}]
             (tmp_path / name / select_ema.TABLE).write_text(json.dumps(rows))
+        if name.startswith("search_sigmas-"):
+            finalists = [{"sigmas": [80.0, s], "value": s / 2} for s in (1.75, 1.5)]
+            decided = {"default": [80.0, 1.75], "kept": [80.0, 1.5], "confirmed": finalists}
+            row = {"sigmas": [80.0, 1.5], "values": [0.9], "metric": "fd_domain_1k"}
+            measured = [{**row, "confirms": False}, {**row, "confirms": True}]
+            table = {"decided": [decided], "measured": measured}
+            (tmp_path / name / search_sigmas.TABLE).write_text(json.dumps(table))
     for stage in {"teacher", "distill", "isolate", "truncate"} & set(inputs):
         lines = "".join(json.dumps(row) + "\n" for row in curve(stage))
         (tmp_path / stage / "curve.jsonl").write_text(lines)
@@ -581,6 +633,31 @@ def test_selections_are_drawn_between_the_candidates_and_evaluate(tmp_path: Path
     assert "8 of 11 stages ran" in text
     for name in more:
         assert name in text
+
+
+@pytest.mark.parametrize("selecting", [True, False])
+def test_searches_of_levels_are_drawn_behind_what_is_selected(
+    tmp_path: Path, selecting: bool
+) -> None:
+    candidates = ("distill", "isolate", "truncate")
+    selections = tuple(f"select_ema-{c}" for c in candidates) if selecting else ()
+    searches = tuple(f"search_sigmas-{c}" for c in candidates)
+    more = ("truncate", *selections, *searches)
+    ctx = context(tmp_path, *more)
+    drawn = edges(tmp_path, ctx, config("scratch", "distill"), *more)
+    first = selections or searches
+    assert drawn == {
+        *SPINE,
+        "distill > truncate",
+        *(f"{c} > {name}" for c, name in zip(candidates, first, strict=True)),
+        *(f"reference > {name}" for name in first),
+        *(f"{a} > {b}" for a, b in zip(selections, searches, strict=False)),
+        *(f"{name} > evaluate" for name in searches),
+    }
+    document = (ctx.out / "report.html").read_text()
+    section = document[document.index('<section id="levels">') :]
+    assert section[: section.index("</section>")].count("80, 1.5 <span") == 3
+    assert section.count("fd_domain_1k") == 3
 
 
 def test_a_sweep_is_drawn_before_its_stage_and_has_a_section(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from consistency.evaluation.protocol import FeatureProtocol
 from infra.errors import UserError
 from pipelines import blocks, scoring
 from pipelines.artifacts import ReferenceStats
+from pipelines.recipe import Cluster
 from pipelines.scoring import Evaluator, Job, Subject, in_order, in_process, measure_all
 from pipelines.yardstick import FeatureNetwork, Yardstick, check_rank
 
@@ -191,6 +193,25 @@ def test_a_few_items_need_no_evaluators(
         measure(yardstick, tmp_path / "b", nobody)
     monkeypatch.setattr(scoring, "FEW", len(stand_in.asked))
     assert [m.values for m in measure(yardstick, tmp_path / "b", nobody)] == plain
+
+
+def test_where_only_evaluators_have_a_gpu_they_are_asked_for_the_least_item(
+    yardstick: Yardstick, stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "FEW", 1_000)
+    asked: list[int] = []
+
+    def evaluators(make: Any, items: Sequence[Any]) -> Any:
+        asked.append(len(items))
+        return in_process(make, items)
+
+    monkeypatch.setattr(scoring, "on_actors", lambda cluster: evaluators)
+    for gpus in (0.0, 1.0):
+        ctx: Any = SimpleNamespace(
+            cluster=Cluster(gpus_per_evaluator=gpus), work=str(tmp_path / f"{gpus}")
+        )
+        scoring.measure_in_step(ctx, yardstick, jobs(yardstick)[:1])
+    assert len(asked) == 1  # the second time
 
 
 def test_sums_of_other_weights_are_not_gone_on_with(

@@ -84,6 +84,16 @@ WHOLE = (  # truncate and a selection for each candidate
 )
 
 
+REFINED = (  # a search of levels behind each selection
+    *WHOLE[:-1],
+    *(
+        stage(f"search_sigmas-{name}", lane, f"select_ema-{name}")
+        for lane, name in enumerate(("distill", "isolate", "truncate"))
+    ),
+    stage("evaluate", 0, *(f"search_sigmas-{name}" for name in ("distill", "isolate", "truncate"))),
+)
+
+
 EARLY = (  # from a to f: lane 0 is taken behind a, so the edge has to leave it at once
     stage("a", 0),
     stage("b", 0, "a"),
@@ -94,7 +104,9 @@ EARLY = (  # from a to f: lane 0 is taken behind a, so the edge has to leave it 
 )
 
 
-@pytest.mark.parametrize("stages", [STAGES, WHOLE, EARLY], ids=["spine", "whole", "early"])
+@pytest.mark.parametrize(
+    "stages", [STAGES, WHOLE, REFINED, EARLY], ids=["spine", "whole", "refined", "early"]
+)
 def test_no_edge_runs_through_a_box(stages: tuple[svg.Stage, ...]) -> None:
     drawing = svg.dag(stages)
     places = boxes(drawing)
@@ -118,6 +130,7 @@ def test_a_long_name_is_set_smaller_so_that_it_fits_its_box() -> None:
     assert drawing.count('class="name long"') == 3
     assert '<text class="name long" x="12" y="22">select_ema-truncate</text>' in drawing
     assert "long" not in svg.dag(STAGES)
+    assert svg.dag(REFINED).count('class="name long longer"') == 3  # search_sigmas-truncate
 
 
 def drawn(chart: str) -> list[tuple[float, float]]:

@@ -233,7 +233,8 @@ def model_card(
     conditional = ", ".join(about.class_names) if about.num_classes else "none (unconditional)"
     rows = [
         f"| {s.steps} | {s.evaluations} | {s.samples:,} | {evaluation.text(s.value)} | "
-        f"{'' if s.std is None else evaluation.text(s.std)} | {evaluation.text(s.lowest)} |"
+        f"{'' if s.std is None else evaluation.text(s.std)} | {evaluation.text(s.lowest)} | "
+        f"{', '.join(f'{level:.4g}' for level in s.levels)} |"
         for s in evaluation.scores
         if s.candidate == candidate
     ]
@@ -245,8 +246,9 @@ def model_card(
             f"channel(s): the {candidate} candidate of the cmforge recipe `{config.recipe}`, "
             f"{made}. Classes: {conditional}.",
             "",
-            f"| steps | network calls | samples | {evaluation.metric}, mean | std | lowest |",
-            "| ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"| steps | network calls | samples | {evaluation.metric}, mean | std | lowest | "
+            "noise levels (MeanFlow: times) |",
+            "| ---: | ---: | ---: | ---: | ---: | ---: | --- |",
             *rows,
             "",
             about_metric(evaluation),

@@ -14,15 +14,17 @@ from pipelines.artifacts import (
     ReferenceStats,
     RegisteredModel,
     Report,
+    SearchedModel,
     ShardSet,
     TrainedModel,
     Tuned,
     from_json,
 )
 from pipelines.dag import StepContext
+from pipelines.html_levels import Levels, SigmaSearch
 from pipelines.html_training import Candidate, Selection, Training
 from pipelines.png import UInt8Array, encode_png
-from pipelines.steps import select_ema, tune
+from pipelines.steps import search_sigmas, select_ema, tune
 from pipelines.svg import Stage
 from pipelines.sweep_summary import SweepSummary
 
@@ -56,17 +58,19 @@ def run(
 ) -> Report:
     """Write `report.html` from the values, each `curve.jsonl`, and the samples of evaluate.
 
-    `optional` are the steps `select_ema-...` and `tune-...`, by name.
+    `optional` are the steps `select_ema-...`, `search_sigmas-...` and `tune-...`, by name.
     """
     sweeps = {name: c for name, c in optional.items() if isinstance(c.value, Tuned)}
-    selected = {name: c for name, c in optional.items() if name not in sweeps}
+    refined = {name: c for name, c in optional.items() if name not in sweeps}
+    searched = {n: c for n, c in refined.items() if isinstance(c.value, SearchedModel)}
+    selected = {name: c for name, c in refined.items() if name not in searched}
     trained = [teacher, distill, isolate, *([truncate] if truncate else [])]
     inputs: tuple[Committed[Any], ...]
     inputs = (shard, reference, teacher)
     for stage in trained[1:]:  # each after its own sweep, as they ran
         before = sweeps.get(tune.step_name(stage.step))
         inputs = (*inputs, *([before] if before else []), stage)
-    inputs = (*inputs, *selected.values(), evaluate, register)
+    inputs = (*inputs, *selected.values(), *searched.values(), evaluate, register)
     page = html.Page(
         recipe_name=config.recipe_name,
         recipe_yaml=config.recipe_yaml,
@@ -86,6 +90,7 @@ def run(
         ),
         sweeps=tuple(_summary(ctx, c) for c in sweeps.values()),
         selections=tuple(_selection(ctx, c, trained) for c in selected.values()),
+        searches=tuple(_search(ctx, c, trained) for c in searched.values()),
         evaluation=evaluate.value,
         registered=register.value,
         samples=_samples(ctx, evaluate),
@@ -135,6 +140,35 @@ def _selection(
     )
 
 
+def _search(
+    ctx: StepContext, searched: Committed[SearchedModel], trained: Sequence[Committed[TrainedModel]]
+) -> SigmaSearch:
+    of = next(c for c in trained if search_sigmas.step_name(c.step) == searched.step)
+    said = json.loads(ctx.fetch(searched, search_sigmas.TABLE).read_text())
+    confirmed = [
+        Levels(
+            sigmas=tuple(one["sigmas"]),
+            value=one["value"],
+            said="default" if one["sigmas"] == row["default"] else "searched",
+            used=one["sigmas"] == row["kept"],
+        )
+        for row in said["decided"]
+        for one in row["confirmed"]
+    ]
+    tried = [
+        Levels(sigmas=tuple(row["sigmas"]), value=row["values"][0], said=row["metric"])
+        for row in said["measured"]
+        if not row["confirms"]
+    ]
+    return SigmaSearch(
+        stage=searched.step,
+        of=of.step,
+        model=searched.value,
+        confirmed=tuple(confirmed),
+        tried=tuple(tried),
+    )
+
+
 def _stages(
     ctx: StepContext, config: ReportConfig, inputs: Sequence[Committed[Any]]
 ) -> tuple[Stage, ...]:
@@ -155,27 +189,34 @@ def _stages(
     lanes = {"reference": -1, "distill": aside, "isolate": 1 + aside}
     candidates = ["distill", "isolate"]
     names = [one.step for one in inputs]
-    selecting = {c: select_ema.step_name(c) for c in (*candidates, "truncate")}
-    selected = [name for name in selecting.values() if name in names]
+    refining = [
+        step_name
+        for step_name in (select_ema.step_name, search_sigmas.step_name)  # one after the other
+        if any(step_name(c) in names for c in (*candidates, "truncate"))
+    ]
     if config.truncates is not None:
         edges["truncate"] = (config.truncates,)
         # Behind its first stage, whose place there may be taken by that one's own selection.
-        lanes["truncate"] = 2 + aside if selected else lanes.get(config.truncates, 0)
+        lanes["truncate"] = 2 + aside if refining else lanes.get(config.truncates, 0)
         candidates.append("truncate")
-    selects = {c: selecting[c] for c in candidates if selecting[c] in selected}
-    for candidate, selection in selects.items():
-        edges[selection] = ("reference", candidate)
-        lanes[selection] = lanes.get(candidate, 0)
+    before: dict[str, tuple[str, ...]] = {c: ("reference", c) for c in candidates}
+    for step_name in refining:
+        for candidate in candidates:
+            name = step_name(candidate)
+            if name in names:  # of an adopted one there is no EMA to select
+                edges[name], lanes[name] = before[candidate], lanes.get(candidate, 0)
+                before[candidate] = (name,)
     for stage in ("distill", "isolate"):
         name = tune.step_name(stage)
         if name in names:
             edges[name] = ("reference", "distill" if name in config.after_distill else "teacher")
             edges[stage] = (name,)
             lanes[name] = lanes.get(stage, 0)
-    last = [selects.get(c, c) for c in candidates if c in selects or c != config.truncates]
+    ends = {c: before[c][-1] for c in candidates}
+    last = [end for c, end in ends.items() if end != c or c != config.truncates]
     if not any("teacher" in needed for needed in edges.values()):  # all others are adopted
         last.insert(0, "teacher")
-    edges["evaluate"] = (*(() if selected else ("reference",)), *last)
+    edges["evaluate"] = (*(() if refining else ("reference",)), *last)
     done = [
         Stage(
             name=one.step,
