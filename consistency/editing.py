@@ -50,10 +50,10 @@ class Channels:
     first: tuple[float, ...] = LUMA
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("bchw,ck->bkhw", x, self._basis(x))
+        return _turned(x, self._basis(x))
 
     def inverse(self, coefficients: Tensor) -> Tensor:
-        return torch.einsum("bkhw,ck->bchw", coefficients, self._basis(coefficients))
+        return _turned(coefficients, self._basis(coefficients).T)
 
     def _basis(self, x: Tensor) -> Tensor:
         if x.shape[1] != len(self.first):
@@ -91,7 +91,13 @@ class Patches:
         u = patches.new_full((self.p**2,), -1 / self.p)
         u[0] += 1
         u = u / u.norm()
-        return patches - 2 * (patches @ u).unsqueeze(-1) * u
+        return patches - 2 * (patches * u).sum(-1, keepdim=True) * u
+
+
+def _turned(x: Tensor, q: Tensor) -> Tensor:
+    """q' on the channel axis; sums written out, since a matrix product's rounding would depend on
+    the batch."""
+    return (x.unsqueeze(2) * q[:, :, None, None]).sum(1)
 
 
 def orthogonal_from(first: Sequence[float]) -> Tensor:

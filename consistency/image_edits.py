@@ -150,9 +150,7 @@ def fitting_factor(about: ModelDescription, images: Pixels, factor: int | None) 
     return found if factor is None else factor
 
 
-def _run(
-    model: PublishedModel, indices: Sequence[int], setting: Setting, begin: Begin
-) -> Pixels:
+def _run(model: PublishedModel, indices: Sequence[int], setting: Setting, begin: Begin) -> Pixels:
     """All results, `setting.batch` at a time."""
     about, results = model.description, []
     for at in range(0, len(indices), setting.batch):

@@ -40,7 +40,7 @@ def _open(data: bytes) -> "Image":
     """Decoded, upright, of 8 bits. Raises ValueError in one line for what is no such image."""
     import zlib
 
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     damage = (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError)
     try:
@@ -50,6 +50,8 @@ def _open(data: bytes) -> "Image":
                 raise ValueError(f"{width}x{height} pixels, more than {MAX_PIXELS:,}")
             image.load()
             upright = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError("not a PNG, JPEG or WebP") from None
     except damage as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"not a readable PNG, JPEG or WebP ({reason})") from error

@@ -6,8 +6,7 @@ python docs/pure_training.py IMAGES.npy OUT [--labels LABELS.npy] [--size small]
 IMAGES.npy: uint8 [N, H, W, C]; LABELS.npy: int64 [N]. Trains an EDM teacher, then each method from
 it (iCT from scratch), `minutes` each; half-way a run is saved, rebuilt from nothing and restored.
 OUT gets a log in JSON, PPM grids, checkpoints and OUT/METHOD, a model folder for `cmforge sample`,
-`edit` and so on. `peak` (TFLOP/s of the device at that precision)
-turns images per second into MFU.
+`edit` and so on. `peak` (TFLOP/s of the device at that precision) turns images per second into MFU.
 """
 
 import argparse
@@ -62,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, help="instead of every method's own")
     parser.add_argument("--samples", type=int, default=2_000)
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
     arguments = parser.parse_args()
@@ -93,7 +93,7 @@ class Bench:
     def run(self, method: str, weights: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Train, with a restart half-way; returns the weights of the sampling EMA."""
         steps = self.arguments.steps or self.steps_in(method, weights)
-        config = method_config(method, self.common(steps))
+        config = self.config(method, steps)
         stage = self.begin(config, weights)
         began, losses = time.monotonic(), []
         for log in self.train(stage):
@@ -126,6 +126,10 @@ class Bench:
         weights = {k: v.cpu() for k, v in stage.state.averages[config.ema[0].name].items()}
         write_model(self.arguments.out / method, stage.description, weights)
         return weights
+
+    def config(self, method: str, steps: int) -> TrainConfig:
+        config, lr = method_config(method, self.common(steps)), self.arguments.lr
+        return config if lr is None else replace(config, lr=lr)
 
     def common(self, steps: int) -> dict[str, Any]:
         batch = self.arguments.batch
@@ -166,7 +170,7 @@ class Bench:
 
     def steps_in(self, method: str, weights: dict[str, torch.Tensor] | None) -> int:
         """Steps that fit the minutes, from the speed of a few."""
-        stage = self.begin(method_config(method, self.common(20)), weights)
+        stage = self.begin(self.config(method, 20), weights)
         for log in self.train(stage):
             if log.steps == 10:
                 self.synchronise()

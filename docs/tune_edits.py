@@ -90,7 +90,7 @@ class Bench:
         tasks = {
             "inpaint half": editing.inpainting(self.x, cut),
             "inpaint centre": editing.inpainting(self.x, centre),
-                        "superres": editing.super_resolution(small(self.x, self.factor), self.factor),
+            "superres": editing.super_resolution(small(self.x, self.factor), self.factor),
         }
         if self.shape[0] == 3:
             luma = editing.Channels()
@@ -106,7 +106,7 @@ class Bench:
         return results
 
     def search(self, known: editing.Known) -> dict[str, float]:
-        """"steps high low" -> RMSE over what is free; "paper" is the Karras grid of 40."""
+        """ "steps high low" -> RMSE over what is free; "paper" is the Karras grid of 40."""
         free = editing_error(known, self.x)
         found = {}
         for steps, high, low in product(STEPS, HIGH, LOW):
@@ -136,7 +136,7 @@ class Bench:
         return sample_noise(0, range(len(self.x)), self.shape, draw)
 
     def denoising(self) -> dict[str, float]:
-        """"sigma steps share" -> RMSE; levels from sigma down to share sigma."""
+        """ "sigma steps share" -> RMSE; levels from sigma down to share sigma."""
         found = {}
         for sigma in NOISES:
             noisy = self.x + sigma * self.noise(1000)
@@ -147,7 +147,7 @@ class Bench:
         return found
 
     def strokes(self) -> dict[str, list[float]]:
-        """"sigma" or "sigma second" -> [RMSE to the guide, Frechet distance in percent]."""
+        """ "sigma" or "sigma second" -> [RMSE to the guide, Frechet distance in percent]."""
         labels = np.zeros(len(self.x), np.int64) if self.labels is None else self.labels.numpy()
         pixels = to_uint8(self.x).numpy()
         net = train_feature_net(pixels, labels, int(labels.max()) + 1, steps=300, seed=0)

@@ -206,6 +206,16 @@ def sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def edit(arguments: argparse.Namespace) -> int:
+    from pipelines import edit
+
+    arguments.recipe, arguments.overrides = None, []
+    _, cluster = load(arguments, recipe_needed=False)
+    for path in edit.run(arguments, cluster.workspace, _tracking_uri(cluster)):
+        print(path)
+    return 0
+
+
 def estimate(arguments: argparse.Namespace) -> int:
     from pipelines import estimate
 
