@@ -1,7 +1,7 @@
 """Noise levels of the edits: the paper's for a full budget, tuned ones for a few evaluations.
 
-The tuned ends were found by `docs/tune_edits.py` on real images with trained models; docs/editing.md
-says which, and what they gain.
+The tuned ends were found by `docs/tune_edits.py` on real images with a trained model;
+docs/editing.md says on which, and what they gain.
 """
 
 import math
@@ -24,16 +24,15 @@ DEFAULT_STEPS: Mapping[Task, int] = {
     "interpolate": 1,
 }
 
-# steps -> (first level, last level); levels between lie on a Karras grid.
+# steps -> (first level, last level); those between lie on a Karras grid.
 TUNED: Mapping[str, Mapping[int, tuple[float, float]]] = {
-    "inpaint": {1: (5.0, 5.0), 2: (5.0, 1.0), 4: (5.0, 0.5), 8: (5.0, 0.25)},
-    "colorize": {1: (5.0, 5.0), 2: (5.0, 1.0), 4: (5.0, 0.5), 8: (5.0, 0.25)},
-    "superres": {1: (5.0, 5.0), 2: (5.0, 1.0), 4: (5.0, 0.5), 8: (5.0, 0.25)},
+    "inpaint": {1: (80.0, 80.0), 2: (80.0, 1.0), 4: (5.0, 0.25), 8: (2.0, 0.25)},
+    "superres": {1: (80.0, 80.0), 2: (1.0, 0.5), 4: (1.0, 0.25), 8: (1.0, 0.12)},
+    "colorize": {1: (80.0, 80.0), 2: (80.0, 1.0), 4: (5.0, 0.25), 8: (2.0, 0.25)},
 }
 
-STROKE = (5.38, 2.24)  # the paper's, at STROKE_SIZE pixels
-STROKE_SIZE = 256
-DENOISE_LAST = 0.3  # of the noise in the image, the last level where there are several
+STROKE, STROKE_SIZE = (5.38, 2.24), 256  # the paper's, and the size of its images
+DENOISE_LAST = 0.1  # of the noise in the image: the last level, where there are several
 
 
 def preset(
@@ -48,9 +47,10 @@ def preset(
 ) -> list[float]:
     """`steps` decreasing noise levels within [sigma_min, sigma_max], for 1 to 40 evaluations of f.
 
-    size: side of the images in pixels, for strokes: averaging p x p pixels divides noise by p, so
-    what one level hides at 256 pixels, an eighth of it hides at 32. sigma: for denoising, the noise
-    in the image, which comes first. Raises ValueError where no such levels exist.
+    size: side of the images in pixels, for strokes: the fewer pixels a stroke has, the sooner noise
+    hides it; tuned at 8 pixels and the paper's at 256, the level goes with the square root. sigma:
+    for denoising, the noise in the image, which comes first. Raises ValueError where no such levels
+    exist.
     """
     if task not in TASKS:
         raise ValueError(f"{task!r} is no edit; there are {', '.join(TASKS)}")
@@ -64,7 +64,7 @@ def preset(
         grid = karras_sigmas(steps + 1, sigma_min, sigma_max, rho).flip(0)
         return [float(level) for level in grid[:-1]]
     if task == "stroke":
-        first, last = (level * size / STROKE_SIZE for level in STROKE)
+        first, last = (level * math.sqrt(size / STROKE_SIZE) for level in STROKE)
     elif task == "denoise":
         assert sigma is not None
         first, last = sigma, DENOISE_LAST * sigma
@@ -85,7 +85,7 @@ def preset(
 def _ends(
     tuned: Mapping[int, tuple[float, float]], steps: int, sigma_min: float, sigma_max: float
 ) -> tuple[float, float]:
-    """Between two tuned numbers of steps, on a straight line of logarithms; at 40 the whole range."""
+    """Between two tuned numbers of steps on a line of logarithms; at 40 the whole range."""
     ends = {**tuned, FULL: (sigma_max, sigma_min)}
     if steps in ends:
         return ends[steps]

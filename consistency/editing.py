@@ -6,8 +6,9 @@ multistep sampling that puts them back after every evaluation, so that the rest 
     known = inpainting(image, missing)
     x = edit(f, noise, known.y, preset("inpaint", 8), known.transform, known.mask, labels)
 
-`consistency.edit_presets` has the levels. Images are float [B, C, H, W] in [-1, 1]; `noise` is that of `consistency.sampling`, so result i
-depends on (seed, i) and not on its batch. Nothing here records gradients.
+`consistency.edit_presets` has the levels. Images are float [B, C, H, W] in [-1, 1]; `noise` is that
+of `consistency.sampling`, so result i depends on (seed, i) and not on its batch. Nothing here
+records gradients.
 """
 
 import math
@@ -82,8 +83,8 @@ class Patches:
     def inverse(self, coefficients: Tensor) -> Tensor:
         p = self.p
         batch, channels, rows, columns, _ = coefficients.shape
-        tiles = self._reflect(coefficients).unflatten(4, (p, p)).transpose(3, 4)
-        return tiles.reshape(batch, channels, rows * p, columns * p)
+        tiles = self._reflect(coefficients).reshape(batch, channels, rows, columns, p, p)
+        return tiles.transpose(3, 4).reshape(batch, channels, rows * p, columns * p)
 
     def _reflect(self, patches: Tensor) -> Tensor:
         if self.p == 1:
@@ -91,13 +92,15 @@ class Patches:
         u = patches.new_full((self.p**2,), -1 / self.p)
         u[0] += 1
         u = u / u.norm()
-        return patches - 2 * (patches * u).sum(-1, keepdim=True) * u
+        along: Tensor = (patches * u).sum(-1, keepdim=True)
+        return patches - 2 * along * u
 
 
 def _turned(x: Tensor, q: Tensor) -> Tensor:
     """q' on the channel axis; sums written out, since a matrix product's rounding would depend on
     the batch."""
-    return (x.unsqueeze(2) * q[:, :, None, None]).sum(1)
+    turned: Tensor = (x.unsqueeze(2) * q[:, :, None, None]).sum(1)
+    return turned
 
 
 def orthogonal_from(first: Sequence[float]) -> Tensor:
@@ -105,7 +108,8 @@ def orthogonal_from(first: Sequence[float]) -> Tensor:
     columns = torch.eye(len(first), dtype=torch.float64)
     columns[:, 0] = torch.tensor(first, dtype=torch.float64)
     q, r = torch.linalg.qr(columns)
-    return q * r[0, 0].sign()
+    oriented: Tensor = q * r[0, 0].sign()
+    return oriented
 
 
 # ---- the loop ------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def edit_images(
     if task == "inpaint" and (missing is None or missing.shape != images.shape[:3]):
         raise ValueError("inpaint: needs a mask of the image's size")
     _check_class(model, setting.label, counts)
-    y = from_uint8(torch.from_numpy(np.ascontiguousarray(images))).to(_device(model))
+    y = from_uint8(torch.from_numpy(np.array(images))).to(_device(model))
     free = None if missing is None else torch.from_numpy(missing)[:, None]
     row = np.repeat(np.arange(len(images)), counts)
 

@@ -1,6 +1,6 @@
 """Tunes the noise levels of `consistency/edit_presets.py` on real images with a trained model.
 
-python docs/tune_edits.py MODEL IMAGES OUT.json [--labels LABELS.npy] [--workspace cmforge-workspace]
+python docs/tune_edits.py MODEL IMAGES OUT.json [--labels LABELS.npy] [--workspace W]
 python docs/tune_edits.py --table OUT.json ...
 
 IMAGES: uint8 .npy [N, H, W, C], or `digits` (scikit-learn's, with their labels). Each image is
@@ -110,7 +110,7 @@ class Bench:
         free = editing_error(known, self.x)
         found = {}
         for steps, high, low in product(STEPS, HIGH, LOW):
-            if steps == 1 and low != LOW[0] or low >= high:
+            if low >= high or (steps == 1 and low != LOW[0]):
                 continue
             found[f"{steps} {high:g} {low:g}"] = free(self.edit(known, levels(steps, high, low)))
         grid = karras_sigmas(40, self.about.noise.sigma_min, 80.0).flip(0).tolist()
@@ -202,21 +202,24 @@ def best(found: dict[str, float]) -> dict[str, Any]:
 
 
 def table(files: list[dict[str, Any]]) -> str:
-    """Per task and steps the ends of the lowest mean of RMSE / lowest RMSE over tasks and files."""
+    """Per task and number of steps: the best common ends, and per run the RMSE they reach.
+
+    Best is the lowest mean of RMSE / lowest RMSE of the run, over a task's runs in all files.
+    """
     lines = []
     for task in ("inpaint", "superres", "colorize"):
         runs = [found for file in files for name, found in file.items() if name.startswith(task)]
         for steps in STEPS if runs else ():
-            keys = [k for k in runs[0] if k.startswith(f"{steps} ") and "sampling" not in k]
-            lowest = [min(run[k] for k in keys) for run in runs]
-
-            def excess(key: str) -> float:
-                return sum(run[key] / least for run, least in zip(runs, lowest, strict=True))
-
-            key = min(keys, key=excess)
-            errors = ", ".join(f"{run[key]:.3f} ({run['paper']:.3f})" for run in runs)
-            lines.append(f"{task:<9} {key:<14} {excess(key) / len(runs):.3f}  {errors}")
+            key = common_best(runs, steps)
+            errors = "  ".join(f"{run[key]:.3f} (40: {run['paper']:.3f})" for run in runs)
+            lines.append(f"{task:<9} {key:<14} {errors}")
     return "\n".join(lines)
+
+
+def common_best(runs: list[dict[str, float]], steps: int) -> str:
+    keys = [key for key in runs[0] if key.startswith(f"{steps} ") and "sampling" not in key]
+    lowest = [min(run[key] for key in keys) for run in runs]
+    return min(keys, key=lambda k: sum(r[k] / low for r, low in zip(runs, lowest, strict=True)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`cmforge edit TASK MODEL IMAGE`: zero-shot edits of an image file with any consistency model."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,8 +152,8 @@ def _mendable(where: str) -> Iterator[None]:
         raise UserError(f"{where}: {error}") from error
 
 
-def _write(out: Path, images: Sequence[Any]) -> list[Path]:
-    """`out`, or for several images out-1.png, out-2.png and so on."""
+def _write(out: Path, images: Any) -> list[Path]:
+    """uint8 [n, H, W, C] to `out`, or for several images to out-1.png, out-2.png and so on."""
     paths = [out] if len(images) == 1 else [_numbered(out, i + 1) for i in range(len(images))]
     with storage.mendable(str(out), "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,8 @@ installed there. Input: one row with `num_samples`. Parameters: `steps`, `seed`,
 classes in turn) and `output` ("png_base64": a table, "uint8": an array [n, H, W, C]).
 
 Edits (docs/editing.md): the parameter `edit` names the task; each row is an image, `image` and for
-inpaint `mask` in base64, that gets `num_samples` results. Parameters: `sigmas` ("80,24,5" instead of
-the preset for `steps`), `sigma` (denoise), `factor` (superres), `to_seed` (interpolate).
+inpaint `mask` in base64, that gets `num_samples` results. Parameters: `sigmas` ("80,24,5" instead
+of the preset for `steps`), `sigma` (denoise), `factor` (superres), `to_seed` (interpolate).
 """
 
 import base64

@@ -257,8 +257,8 @@ def model_card(
             ")  # uint8 [16, H, W, C]; output png_base64 gives a table",
             "```",
             "",
-            "Edits of your images (inpaint, colorize, superres, stroke, denoise) and interpolation: "
-            'the parameter `edit`, images as base64 in the column `image`, and `"steps": 8`.',
+            "Edits of images (inpaint, colorize, superres, stroke, denoise), and interpolation: "
+            'the parameter `edit`, images in base64 in the column `image`, and `"steps": 8`.',
             "",
             "MLflow ignores a parameter whose name it does not know, with a warning.",
             "",
