@@ -5,8 +5,8 @@ python docs/pure_training.py IMAGES.npy OUT [--labels LABELS.npy] [--size small]
 
 IMAGES.npy: uint8 [N, H, W, C]; LABELS.npy: int64 [N]. Trains an EDM teacher, then each method from
 it (iCT from scratch), `minutes` each; half-way a run is saved, rebuilt from nothing and restored.
-OUT gets a log in JSON, PPM grids and checkpoints. `peak` (TFLOP/s of the device at that precision)
-turns images per second into MFU.
+OUT gets a log in JSON, PPM grids, checkpoints and OUT/METHOD, a model folder for `cmforge sample`,
+`edit` and so on. `peak` (TFLOP/s of the device at that precision) turns images per second into MFU.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from consistency.config import NetworkConfig, NoiseConfig, PowerEMA, TeacherConfig, TrainConfig
@@ -40,6 +41,7 @@ from consistency.stage import Stage, begin, describe, finish
 
 NETWORKS = {
     "tiny": NetworkConfig(channels=8, channel_mult=(1, 2), num_blocks=1, attention=()),
+    "medium": NetworkConfig(channels=32, channel_mult=(1, 2, 2), num_blocks=1, attention=(8,)),
     "small": NetworkConfig(channels=64, channel_mult=(1, 2, 2), num_blocks=2, attention=(16,)),
     "paper": NetworkConfig(),  # 55.7 M parameters at 32 x 32
 }
@@ -59,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, help="instead of every method's own")
     parser.add_argument("--samples", type=int, default=2_000)
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
     arguments = parser.parse_args()
@@ -90,7 +93,7 @@ class Bench:
     def run(self, method: str, weights: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Train, with a restart half-way; returns the weights of the sampling EMA."""
         steps = self.arguments.steps or self.steps_in(method, weights)
-        config = method_config(method, self.common(steps))
+        config = self.config(method, steps)
         stage = self.begin(config, weights)
         began, losses = time.monotonic(), []
         for log in self.train(stage):
@@ -120,7 +123,13 @@ class Bench:
         print(json.dumps(line), flush=True)
         with (self.arguments.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return {k: v.cpu() for k, v in stage.state.averages[config.ema[0].name].items()}
+        weights = {k: v.cpu() for k, v in stage.state.averages[config.ema[0].name].items()}
+        write_model(self.arguments.out / method, stage.description, weights)
+        return weights
+
+    def config(self, method: str, steps: int) -> TrainConfig:
+        config, lr = method_config(method, self.common(steps)), self.arguments.lr
+        return config if lr is None else replace(config, lr=lr)
 
     def common(self, steps: int) -> dict[str, Any]:
         batch = self.arguments.batch
@@ -161,7 +170,7 @@ class Bench:
 
     def steps_in(self, method: str, weights: dict[str, torch.Tensor] | None) -> int:
         """Steps that fit the minutes, from the speed of a few."""
-        stage = self.begin(method_config(method, self.common(20)), weights)
+        stage = self.begin(self.config(method, 20), weights)
         for log in self.train(stage):
             if log.steps == 10:
                 self.synchronise()
@@ -246,6 +255,14 @@ def forward_flops(description: ModelDescription) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(x, torch.zeros(1))
     return counter.get_total_flops()
+
+
+def write_model(
+    folder: Path, description: ModelDescription, weights: dict[str, torch.Tensor]
+) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({k: v.contiguous() for k, v in weights.items()}, folder / "weights.safetensors")
+    (folder / "config.json").write_text(description.to_json())
 
 
 def write_grid(path: Path, images: np.ndarray[Any, Any], columns: int = 10) -> None:

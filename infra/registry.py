@@ -48,7 +48,8 @@ class ModelPackage:
     artifacts: Mapping[str, Path]
     requirements: tuple[str, ...]
     inputs: Mapping[str, str]  # column -> MLflow type
-    params: Mapping[str, tuple[str, int | str]]  # name -> (MLflow type, default)
+    optional_inputs: Mapping[str, str]  # columns that a request may leave out
+    params: Mapping[str, tuple[str, float | str]]  # name -> (MLflow type, default)
     card: str  # markdown: README.md of the model, description of the version
 
 
@@ -332,7 +333,15 @@ def _save(folder: Path, model_id: str, run_id: str, package: ModelPackage) -> No
 
     model = Model(model_id=model_id, model_uuid=model_id, run_id=run_id)
     signature = ModelSignature(
-        inputs=Schema([ColSpec(kind, column) for column, kind in package.inputs.items()]),
+        inputs=Schema(
+            [
+                *(ColSpec(kind, column) for column, kind in package.inputs.items()),
+                *(
+                    ColSpec(kind, column, required=False)
+                    for column, kind in package.optional_inputs.items()
+                ),
+            ]
+        ),
         params=ParamSchema(
             [ParamSpec(name, kind, value) for name, (kind, value) in package.params.items()]
         ),

@@ -178,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument(
         "--classes", metavar="FILE|a,b,c", help="names of the classes (default: their numbers)"
     )
+    _add_edits(described("edit", "change images with a model that never learned to"), add)
     cost = add(
         "estimate", commands.estimate, "print FLOPs, GPU-hours and memory before anything starts"
     )
@@ -228,3 +229,53 @@ def _parser() -> argparse.ArgumentParser:
 
     add("doctor", commands.doctor, "check this machine, the installation and the workspace")
     return parser
+
+
+def _add_edits(edit: argparse.ArgumentParser, add: Callable[..., Any]) -> None:
+    """`edit TASK MODEL [IMAGE]`; docs/editing.md shows each."""
+    tasks = edit.add_subparsers(required=True, metavar="TASK")
+    model = MODEL.split(" (default")[0]
+
+    def task(name: str, text: str, image: str | None) -> Any:
+        sub = add(name, commands.edit, text, among=tasks)
+        sub.set_defaults(task=name)
+        sub.add_argument("model", metavar="MODEL", help=model)
+        if image is not None:
+            sub.add_argument("image", metavar="IMAGE", help=f"{image} (PNG, JPEG or WebP)")
+            sub.add_argument("--seed", type=int, default=0)
+        if image is not None and name != "superres":
+            sub.add_argument(
+                "--resize", action="store_true", help="take the centre square at the model's size"
+            )
+        sub.add_argument("--steps", type=int, help="evaluations of the model, 1 to 40")
+        sub.add_argument(
+            "--sigmas", metavar="80,24,5", help="at these noise levels, instead of the preset's"
+        )
+        sub.add_argument(
+            "--class", dest="label", type=int, help="class number, where there are any"
+        )
+        sub.add_argument("--num", type=int, default=1, help="so many results (default 1)")
+        sub.add_argument("--out", default="edited.png", metavar="FILE")
+        return sub
+
+    inpaint = task("inpaint", "fill in what a mask marks", "what to keep the rest of")
+    inpaint.add_argument(
+        "--mask",
+        metavar="FILE",
+        help="white (> 127) is filled in (default: where the image is transparent)",
+    )
+    task("colorize", "colour a grey image", "its luma is kept")
+    superres = task("superres", "a sharper image of the model's size", "the small image")
+    superres.add_argument(
+        "--factor",
+        type=int,
+        help="of an image that already has the model's size: its pixels are so wide",
+    )
+    task("stroke", "an image after a rough sketch in colour (SDEdit)", "the sketch")
+    denoise = task("denoise", "take noise of a known level away", "the noisy image")
+    denoise.add_argument(
+        "--sigma", type=float, help="standard deviation of the noise, where black is -1 and white 1"
+    )
+    between = task("interpolate", "a strip of images from one sample to another", None)
+    between.add_argument("--seeds", default="0,1", metavar="0,1", help="of the samples at the ends")
+    between.add_argument("--frames", type=int, default=9, help="images in a row (default 9)")

@@ -223,6 +223,16 @@ def import_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def edit(arguments: argparse.Namespace) -> int:
+    from pipelines import edit
+
+    arguments.recipe, arguments.overrides = None, []
+    _, cluster = load(arguments, recipe_needed=False)
+    for path in edit.run(arguments, cluster.workspace, _tracking_uri(cluster)):
+        print(path)
+    return 0
+
+
 def estimate(arguments: argparse.Namespace) -> int:
     from pipelines import estimate
 

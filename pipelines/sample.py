@@ -68,12 +68,12 @@ def draw(
     return out.resolve()
 
 
-def levels_of(text: str) -> list[float]:
+def levels_of(text: str, option: str = "--levels") -> list[float]:
     """`80,0.8` as numbers. Raises UserError."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--levels: {text!r} is not a list of numbers, such as 80,0.8") from None
+        raise UserError(f"{option}: {text!r} is not a list of numbers, such as 80,0.8") from None
 
 
 def _from_registry(model: str, uri: str, num: int, steps: int, seed: int, label: int | None) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from consistency import published
+
 ROOT = Path(__file__).parent.parent
 ALONE = """
 import runpy, sys
@@ -53,6 +55,7 @@ def test_pure_script_trains_resumes_and_samples(tmp_path: Path, methods: list[st
         assert line["mfu"] > 0
     for method in methods:
         assert (tmp_path / "out" / f"{method}-checkpoint" / "state.safetensors").exists()
+        assert published.load(tmp_path / "out" / method).description.size == 8
         sheet = (tmp_path / "out" / f"{method}-1.ppm").read_bytes()
         assert sheet.startswith(b"P6 80 32 255\n")  # four rows of ten 8x8 digits
         assert len(sheet) == len(b"P6 80 32 255\n") + 80 * 32 * 3

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from infra.gate import Measurement
     from infra.registry import ModelPackage
 
-REQUIREMENTS = ("mlflow>=3.17,<4", "torch>=2.6", "numpy>=2")
+REQUIREMENTS = ("mlflow>=3.17,<4", "torch>=2.6", "numpy>=2", "pillow>=11")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +189,17 @@ def package(
         artifacts={"weights": scratch / "weights.pt", "config": scratch / "config.json"},
         requirements=REQUIREMENTS,
         inputs={"num_samples": "long"},
+        optional_inputs={"image": "string", "mask": "string"},  # of edits, base64
         params={
             "steps": ("long", 1),
             "seed": ("long", 0),
             "class": ("long", -1),
             "output": ("string", "png_base64"),
+            "edit": ("string", ""),
+            "sigmas": ("string", ""),
+            "sigma": ("double", 0.0),
+            "factor": ("long", 0),
+            "to_seed": ("long", 1),
         },
         card=card,
     )
@@ -261,6 +267,9 @@ def model_card(
             '    params={"steps": 2, "seed": 0, "class": -1, "output": "uint8"},',
             ")  # uint8 [16, H, W, C]; output png_base64 gives a table",
             "```",
+            "",
+            "Edits of images (inpaint, colorize, superres, stroke, denoise), and interpolation: "
+            'the parameter `edit`, images in base64 in the column `image`, and `"steps": 8`.',
             "",
             "MLflow ignores a parameter whose name it does not know, with a warning.",
             "",
