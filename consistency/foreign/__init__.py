@@ -1,0 +1,1 @@
+"""Other people's checkpoints, as descriptions and weights of ours, and back."""
