@@ -6,7 +6,7 @@ from pathlib import Path
 
 HEADER = '''"""A few-step image generator made by cmforge: its network, and how diffusers calls it.
 
-Put together from cmforge's source (Apache-2.0). It needs torch, numpy and diffusers.
+Put together from cmforge's source (Apache-2.0). It needs torch and diffusers.
 """
 '''
 # Each after what it needs.

@@ -41,3 +41,20 @@ def check_tensors(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Ten
         elif tensors[name].dtype not in FLOATS:
             wrong.append(f"{name}: {tensors[name].dtype}, not float16, bfloat16 or float32")
     return wrong
+
+
+def check_raw(model: object) -> None:
+    """`check_bounds` of a model description that is only JSON yet. ValueError."""
+    try:
+        network, names = model["network"], model["class_names"]  # type: ignore[index]
+        mults = [network["channels"] * mult for mult in network["channel_mult"]]
+        numbers = [model["size"], model["channels"], network["num_blocks"], *mults]  # type: ignore[index]
+        whole = mults and all(type(number) is int for number in numbers)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError("not a cmforge model description")
+    size, channels, num_blocks, *widths = numbers
+    check_bounds(
+        size=size, channels=channels, classes=len(names), widths=widths, num_blocks=num_blocks
+    )

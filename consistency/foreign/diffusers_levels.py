@@ -33,7 +33,7 @@ class Levels:
         return (self.count - 1) * (top - sigma ** (1 / self.rho)) / (top - bottom)
 
     def nearest(self, sigmas: Sequence[float], lowest: float = 0.0) -> list[int] | None:
-        """`timesteps` closest to descending levels, none below `lowest`; None on too coarse a grid."""
+        """`timesteps` closest to descending levels, none below `lowest`; None: too coarse a grid."""
         found = [min(self.count - 1, max(0, round(self.position(sigma)))) for sigma in sigmas]
         found = [index - (index > 0 and self.sigma(index) < lowest) for index in found]
         return found[::-1] if len(set(found)) == len(found) else None
