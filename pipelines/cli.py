@@ -160,6 +160,16 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--class", dest="label", type=int, help="class number (default: all)")
     sample.add_argument("--out", default="samples.png", metavar="FILE")
+    text = "write a model for other programs: a model folder, diffusers, ONNX or torch.export"
+    out = add("export", commands.export, text)
+    out.add_argument("model", nargs="?", help=MODEL)
+    out.add_argument(
+        "--format",
+        required=True,
+        choices=("safetensors", "diffusers", "onnx", "pt2"),
+        help="safetensors and diffusers make a folder, onnx and pt2 a file",
+    )
+    out.add_argument("--out", required=True, metavar="PATH", help="path or fsspec URL to write to")
     cost = add(
         "estimate", commands.estimate, "print FLOPs, GPU-hours and memory before anything starts"
     )

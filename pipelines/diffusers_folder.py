@@ -84,7 +84,7 @@ def write_folder(
 
 
 def sampling(description: "ModelDescription") -> list[Json]:
-    """For each number of steps: `timesteps` of the pipeline, and the noise levels they stand for."""
+    """For each number of steps: `timesteps` of the pipeline, and the noise levels they are."""
     from consistency.foreign.diffusers_config import levels_of
 
     levels, rows = levels_of(description), []
@@ -127,6 +127,10 @@ def _dump(path: Path, value: Json) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def _row(steps: int, timesteps: list[int], sigmas: list[float]) -> str:
+    return f"| {steps} | {timesteps} | {', '.join(f'{sigma:.5g}' for sigma in sigmas)} |"
+
+
 def _readme(description: "ModelDescription", *, custom: bool) -> str:
     about = description
     classes = f"{about.num_classes} classes" if about.num_classes else "unconditional"
@@ -141,13 +145,10 @@ def _readme(description: "ModelDescription", *, custom: bool) -> str:
         "",
         "| steps | timesteps | noise levels |",
         "| ---: | --- | --- |",
-        *(
-            f"| {row['steps']} | {row['timesteps']} | {', '.join(f'{s:.5g}' for s in row['sigmas'])} |"
-            for row in sampling(about)
-        ),
+        *(_row(**row) for row in sampling(about)),
         "",
-        "`num_inference_steps` alone takes equal parts of the scheduler's grid: with two steps that is "
-        "another second level than the model's own, so give `timesteps`.",
+        "`num_inference_steps` alone takes equal parts of the scheduler's grid: with two steps that "
+        "is another second level than the model's own, so give `timesteps`.",
     ]
     if custom:
         lines += [
@@ -289,7 +290,7 @@ def _tensors(folder: Path) -> "dict[str, Tensor]":
 
 
 def _load(path: Path, *classes: str, largest: int = MAX_JSON) -> Json:
-    """A JSON object of bounded size, of one of the named classes of diffusers where any is named."""
+    """A JSON object of bounded size, of one of the named classes of diffusers if any is named."""
     if not path.is_file():
         raise UserError(f"{path} is not there; give a folder that diffusers saved")
     if path.stat().st_size > largest:

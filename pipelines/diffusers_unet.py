@@ -36,7 +36,7 @@ class CmforgeUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         assert in_channels == out_channels
-        network = {
+        network: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in description["network"].items()
         }

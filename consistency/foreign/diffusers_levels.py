@@ -30,10 +30,10 @@ class Levels:
     def position(self, sigma: float) -> float:
         """Where a level lies: 0 at sigma_max, count - 1 at sigma_min."""
         top, bottom = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return (self.count - 1) * (top - sigma ** (1 / self.rho)) / (top - bottom)
+        return float((self.count - 1) * (top - sigma ** (1 / self.rho)) / (top - bottom))
 
     def nearest(self, sigmas: Sequence[float], lowest: float = 0.0) -> list[int] | None:
-        """`timesteps` closest to descending levels, none below `lowest`; None: too coarse a grid."""
+        """`timesteps` closest to descending levels, none below `lowest`; None: grid too coarse."""
         found = [min(self.count - 1, max(0, round(self.position(sigma)))) for sigma in sigmas]
         found = [index - (index > 0 and self.sigma(index) < lowest) for index in found]
         return found[::-1] if len(set(found)) == len(found) else None
