@@ -179,6 +179,16 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", metavar="FILE|a,b,c", help="names of the classes (default: their numbers)"
     )
     _add_edits(described("edit", "change images with a model that never learned to"), add)
+    text = "write a model for other programs: a model folder, diffusers, ONNX or torch.export"
+    out = add("export", commands.export, text)
+    out.add_argument("model", nargs="?", help=MODEL)
+    out.add_argument(
+        "--format",
+        required=True,
+        choices=("safetensors", "diffusers", "onnx", "pt2"),
+        help="safetensors and diffusers make a folder, onnx and pt2 a file",
+    )
+    out.add_argument("--out", required=True, metavar="PATH", help="path or fsspec URL to write to")
     cost = add(
         "estimate", commands.estimate, "print FLOPs, GPU-hours and memory before anything starts"
     )

@@ -233,6 +233,21 @@ def edit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from pipelines import export
+
+    cluster = load(arguments, recipe_needed=False)[1]
+    lines = export.export(
+        arguments.model,
+        cluster.workspace,
+        _tracking_uri(cluster),
+        format=arguments.format,
+        out=arguments.out,
+    )
+    print(arguments.out, *lines, sep="\n")
+    return 0
+
+
 def estimate(arguments: argparse.Namespace) -> int:
     from pipelines import estimate
 
