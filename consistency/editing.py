@@ -91,7 +91,7 @@ class Patches:
             return patches
         u = patches.new_full((self.p**2,), -1 / self.p)
         u[0] += 1
-        u = u / u.norm()
+        u /= u.norm()
         along: Tensor = (patches * u).sum(-1, keepdim=True)
         return patches - 2 * along * u
 

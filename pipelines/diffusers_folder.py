@@ -147,8 +147,8 @@ def _readme(description: "ModelDescription", *, custom: bool) -> str:
         "| ---: | --- | --- |",
         *(_row(**row) for row in sampling(about)),
         "",
-        "`num_inference_steps` alone takes equal parts of the scheduler's grid: with two steps that "
-        "is another second level than the model's own, so give `timesteps`.",
+        "`num_inference_steps` alone takes equal parts of the scheduler's grid: with two steps "
+        "that is another second level than the model's own, so give `timesteps`.",
     ]
     if custom:
         lines += [

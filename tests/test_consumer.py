@@ -51,6 +51,11 @@ def refused(**params):
         return error.message
     return "accepted"
 
+def edited():
+    image = model.predict(pd.DataFrame({"num_samples": [1]}))["png_base64"][0]
+    rows = pd.DataFrame({"num_samples": [3], "image": [image]})
+    return model.predict(rows, params={"edit": "stroke", "steps": 2, "output": "uint8"})
+
 import consistency
 print(json.dumps({
     "absent": absent,
@@ -60,6 +65,7 @@ print(json.dumps({
     "digests": [hashlib.sha256(draw(steps=s, seed=k).tobytes()).hexdigest()
                 for s, k in ((1, 0), (1, 0), (1, 1), (2, 0))],
     "png": model.predict(pd.DataFrame({"num_samples": [2]}))["png_base64"][1],
+    "edited": list(edited().shape),
     "refused": [refused(steps=0), refused(**{"class": 9}), refused(steps="many")],
 }))
 """
@@ -85,7 +91,7 @@ def test_a_clean_environment_with_mlflow_and_torch_draws_from_the_registered_mod
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     constraints = REPO / "constraints.txt"
-    wanted = [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "torch")]
+    wanted = [f"{name}=={version(name).split('+')[0]}" for name in ("mlflow", "torch", "pillow")]
     limits = ["-c", str(constraints)] if constraints.exists() else []
     clean = home / "bin" / "python"
     subprocess.run([clean, "-m", "pip", "install", "-q", *limits, *wanted], check=True)
@@ -111,6 +117,7 @@ def test_a_clean_environment_with_mlflow_and_torch_draws_from_the_registered_mod
     assert again == seen["digests"][0]
     assert len({again, other_seed, two_steps}) == 3
     assert seen["png"].startswith("iVBORw0KGgo")
+    assert seen["edited"] == [3, 8, 8, 1]
     assert "steps: 0 is not in 1 to 1000" in seen["refused"][0]
     assert "class: 9 is not a class of this model" in seen["refused"][1]
     assert "steps" in seen["refused"][2]
