@@ -16,10 +16,10 @@ from consistency.config import NetworkConfig, NoiseConfig
 from infra import storage
 from infra.errors import UserError
 from infra.tracking import without_secrets
-from pipelines import weights
+from pipelines import model_record, weights
 from pipelines.strict_yaml import Mark, Node, build
 
-WEIGHTS, CONFIG, RECORD = "weights.safetensors", "config.json", "model.json"
+(WEIGHTS, CONFIG), RECORD = model_record.FILES, model_record.NAME
 LARGEST = 1_000_000  # bytes of a description or a record
 LONGEST_SOURCE = 200  # characters
 
@@ -127,18 +127,17 @@ def _own(key: str, folder: str) -> tuple[str, str, str]:
     if said is None:
         return text, _sha256(storage.join(folder, WEIGHTS)), _name(folder)
     try:
-        record = json.loads(said)
-        file = record["files"][WEIGHTS]
-        sha256, size = str(file["sha256"]), int(file["bytes"])
-        source = _said(record.get("source")) or _name(folder)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{key}: {folder}/{RECORD} is no record; import the model again") from None
-    if storage.size(storage.join(folder, WEIGHTS)) != size:
+        files = model_record.files_of(said.encode(), storage.join(folder, RECORD))
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    source = _said(json.loads(said).get("source")) or _name(folder)
+    (file,) = (file for file in files if file.path == WEIGHTS)
+    if storage.size(storage.join(folder, WEIGHTS)) != file.bytes:
         raise UserError(
-            f"{key}: {folder}/{WEIGHTS} has not the {size:,} bytes that {RECORD} says; import the "
-            f"model again"
+            f"{key}: {folder}/{WEIGHTS} has not the {file.bytes:,} bytes that {RECORD} says; "
+            f"import the model again"
         )
-    return text, sha256, source
+    return text, file.sha256, source
 
 
 def _small(key: str, folder: str, name: str) -> str | None:

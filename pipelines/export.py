@@ -7,7 +7,6 @@
 What is written is whole or not there, and never written over something else.
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from infra import storage, temporary
 from infra.errors import UserError
-from pipelines import models
+from pipelines import model_record, models
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +61,7 @@ def _write(
         custom = diffusers_folder.write_folder(made, description, weights)
         return diffusers_folder.how_to_load(out, description, custom=custom)
     if format == "safetensors":
-        write_model(made, description, weights, {"kind": "export", "name": source or "registered"})
+        write_model(made, description, weights, _called(source))
         return [
             "from pathlib import Path",
             "from consistency import published",
@@ -84,22 +83,29 @@ def _write(
     return ["import onnxruntime", session, f"(y,) = f.run(None, {{{given}}})"]
 
 
+def _called(name: str | None) -> str:
+    """A model's name for others, who know nothing of our folders."""
+    if name is None:
+        return "the model registered last"
+    return name if name.startswith("models:") else name.rstrip("/").rpartition("/")[2]
+
+
 def write_model(
     folder: Path,
     description: "ModelDescription",
     weights: "Mapping[str, Tensor]",
-    source: Mapping[str, str],
+    name: str,
 ) -> None:
-    """A model folder of ours with its record: {format, source, files: {name: {bytes, sha256}}}."""
+    """A model folder of ours with its record, which says that it was called `name`."""
     from safetensors.torch import save_file
 
     tensors = {name: value.contiguous() for name, value in weights.items()}
     save_file(tensors, folder / "weights.safetensors")
     (folder / "config.json").write_text(description.to_json())
-    records = storage.describe_dir(str(folder))
-    files = {r.path: {"bytes": r.bytes, "sha256": r.sha256} for r in records}
-    record = {"format": 1, "source": dict(source), "files": files}
-    (folder / "model.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    files = storage.describe_dir(str(folder))
+    (own,) = (file for file in files if file.path == "weights.safetensors")
+    source = model_record.Source("cmforge", name, own.bytes, own.sha256)
+    (folder / model_record.NAME).write_bytes(model_record.compose(source, files))
 
 
 # --- where it goes ----------------------------------------------------------------------------

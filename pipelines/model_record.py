@@ -1,8 +1,8 @@
-"""`model.json`: what an imported model's folder holds and where it came from, written last.
+"""`model.json`: what a model's folder holds and where it came from, written last.
 
     format   1
     source   layout, name, bytes, sha256 of what was imported
-    files    path, bytes, sha256 of weights.safetensors and config.json
+    files    bytes and sha256 of weights.safetensors and of config.json, by name
 
 A folder that has one is checked against it before anything in it is used.
 """
@@ -22,7 +22,7 @@ FILES = ("weights.safetensors", "config.json")
 
 @dataclass(frozen=True)
 class Source:
-    """What was imported: its layout, its name without the folder, and its bytes."""
+    """What a model was made from: its layout, its name without the folder, and its bytes."""
 
     layout: str  # openai, edm, diffusers, cmforge
     name: str
@@ -32,7 +32,8 @@ class Source:
 
 def compose(source: Source, files: Sequence[storage.FileRecord]) -> bytes:
     """The record's text."""
-    record = {"format": FORMAT, "source": asdict(source), "files": [asdict(f) for f in files]}
+    listed = {file.path: {"bytes": file.bytes, "sha256": file.sha256} for file in files}
+    record = {"format": FORMAT, "source": asdict(source), "files": listed}
     return json.dumps(record, indent=1, sort_keys=True).encode()
 
 
@@ -42,10 +43,13 @@ def files_of(text: bytes, where: str) -> list[storage.FileRecord]:
         record: Any = json.loads(text)
         if record["format"] != FORMAT:
             raise UserError(f"{where}: format {record['format']!r}; this cmforge reads {FORMAT}")
-        files = [storage.FileRecord(**file) for file in record["files"]]
-    except (ValueError, KeyError, TypeError) as error:
+        files = [
+            storage.FileRecord(name, int(file["bytes"]), str(file["sha256"]))
+            for name, file in sorted(record["files"].items())
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: not a model's record; import the model again") from error
-    if sorted(str(file.path) for file in files) != sorted(FILES):
+    if [file.path for file in files] != sorted(FILES):
         raise UserError(f"{where}: lists other files than {' and '.join(FILES)}; refused")
     return files
 

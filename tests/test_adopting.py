@@ -342,7 +342,8 @@ def test_a_model_that_is_no_longer_what_its_record_says_is_refused(tmp_path):
     assert "has not the" in refused(f"teacher.from={place}")
     for text in ("{}", "[]", '{"files": {"weights.safetensors": {"bytes": "x"}}}'):
         (place / "model.json").write_text(text)
-        assert "model.json is no record; import the model again" in refused(f"teacher.from={place}")
+        line = refused(f"teacher.from={place}")
+        assert "model.json: not a model's record; import the model again" in line
 
 
 def test_what_does_not_go_with_an_adopted_model_is_one_line(models, tmp_path):

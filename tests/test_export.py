@@ -21,7 +21,7 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     description = EVERY["quickstart"]()
-    write_model(folder, description, weights_of(description), {})
+    write_model(folder, description, weights_of(description), "one")
     (folder / "model.json").unlink()
     return folder
 

@@ -148,7 +148,7 @@ def test_what_is_written_and_the_record_last(folder, states):
     record = json.loads((folder / "model.json").read_text())
     assert record["format"] == 1
     assert record["source"]["name"] == "cd_small.pt"
-    assert {f["path"]: f["sha256"] for f in record["files"]} == {
+    assert {path: file["sha256"] for path, file in record["files"].items()} == {
         name: storage.sha256(str(folder / name)) for name in model_record.FILES
     }
     ages = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
@@ -198,10 +198,11 @@ def test_a_folder_altered_against_its_record_is_refused(folder, name):
         "{}",
         "[]",
         "no json",
-        '{"format": 2, "files": []}',
+        '{"format": 2, "files": {}}',
+        '{"format": 1, "files": {}}',
         '{"format": 1, "files": []}',
-        '{"format": 1, "files": [{"path": "../../secret", "bytes": 1, "sha256": ""}]}',
-        '{"format": 1, "files": [{"path": "config.json"}]}',
+        '{"format": 1, "files": {"../../secret": {"bytes": 1, "sha256": ""}}}',
+        '{"format": 1, "files": {"config.json": {}}}',
     ],
 )
 def test_a_record_that_is_none_is_refused(folder, record):
