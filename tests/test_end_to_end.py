@@ -340,7 +340,7 @@ def test_every_stage_there_is_runs_once_and_a_new_selection_trains_nothing(tmp_p
             times = [1.0, sigmas[1] / (1 + sigmas[1])]
             assert row["levels"] == (times if name == "isolate" else sigmas)
         elif name != "teacher":
-            assert row["levels"] == levels.get((name, steps))
+            assert row["levels"] == levels[name, steps][1]
     model = mlflow.pyfunc.load_model(f"models:/tiny-family/{register['version']}")
     about = model.unwrap_python_model().model.description
     assert [list(one) for one in about.searched] == (found[register["candidate"]] or [])
