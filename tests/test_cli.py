@@ -41,6 +41,7 @@ from pipelines.yardstick import STATS
 COMMANDS = [
     *("run", "plan", "status", "report", "sample", "estimate", "compare", "doctor"),
     *("reference", "reference export"),
+    *("edit", "edit inpaint", "edit superres", "edit denoise", "edit interpolate"),
     *("weights", "weights list", "weights fetch", "weights import"),
 ]
 STEPS = ["shard", "reference", "teacher", "distill", "isolate", "evaluate", "register", "report"]
