@@ -128,10 +128,9 @@ def _own(key: str, folder: str) -> tuple[str, str, str]:
         return text, _sha256(storage.join(folder, WEIGHTS)), _name(folder)
     try:
         record = json.loads(said)
-        file = record["files"][WEIGHTS]
-        sha256, size = str(file["sha256"]), int(file["bytes"])
-        source = _said(record.get("source")) or _name(folder)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        (file,) = (file for file in record["files"] if file["path"] == WEIGHTS)
+        sha256, size, source = str(file["sha256"]), int(file["bytes"]), _said(record["source"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{key}: {folder}/{RECORD} is no record; import the model again") from None
     if storage.size(storage.join(folder, WEIGHTS)) != size:
         raise UserError(
@@ -209,13 +208,7 @@ def _name(place: str) -> str:
     return without_secrets(place).partition("?")[0]
 
 
-def _said(source: Any) -> str:
-    """A record's word on where a model is from, as one short line."""
-    if isinstance(source, Mapping):
-        parts = [f"{k} {_said(v)}" for k, v in source.items() if v is not None]
-        text = ", ".join(parts)
-    elif isinstance(source, str):
-        text = _name(source) if "/" in source else source
-    else:
-        text = "" if source is None else str(source)
+def _said(source: Mapping[str, Any]) -> str:
+    """A record's word on what was imported, as one short line."""
+    text = f"{_name(source['name'])} ({source['layout']}, sha256 {source['sha256'][:12]})"
     return "".join(c if c.isprintable() else " " for c in text)[:LONGEST_SOURCE]
