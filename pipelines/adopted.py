@@ -6,7 +6,7 @@ folder without a record costs a hash of its weights; a foreign file is read whol
 
 import json
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -126,11 +126,12 @@ def _own(key: str, folder: str) -> tuple[str, str, str]:
     said = _small(key, folder, RECORD)
     if said is None:
         return text, _sha256(storage.join(folder, WEIGHTS)), _name(folder)
+    where = storage.join(folder, RECORD)
     try:
-        files = model_record.files_of(said.encode(), storage.join(folder, RECORD))
+        files = model_record.files_of(said.encode(), where)
+        source = _said(model_record.source_of(said.encode(), where))
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    source = _said(json.loads(said).get("source")) or _name(folder)
     (file,) = (file for file in files if file.path == WEIGHTS)
     if storage.size(storage.join(folder, WEIGHTS)) != file.bytes:
         raise UserError(
@@ -208,13 +209,7 @@ def _name(place: str) -> str:
     return without_secrets(place).partition("?")[0]
 
 
-def _said(source: Any) -> str:
-    """A record's word on where a model is from, as one short line."""
-    if isinstance(source, Mapping):
-        parts = [f"{k} {_said(v)}" for k, v in source.items() if v is not None]
-        text = ", ".join(parts)
-    elif isinstance(source, str):
-        text = _name(source) if "/" in source else source
-    else:
-        text = "" if source is None else str(source)
+def _said(source: model_record.Source) -> str:
+    """A record's word on what was imported, as one short line."""
+    text = f"{_name(source.name)} ({source.layout}, sha256 {source.sha256[:12]})"
     return "".join(c if c.isprintable() else " " for c in text)[:LONGEST_SOURCE]

@@ -18,6 +18,7 @@ from infra.errors import UserError
 NAME = "model.json"
 FORMAT = 1
 FILES = ("weights.safetensors", "config.json")
+_NOT_ONE = "not a model's record; import the model again"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ def compose(source: Source, files: Sequence[storage.FileRecord]) -> bytes:
     return json.dumps(record, indent=1, sort_keys=True).encode()
 
 
+def source_of(text: bytes, where: str) -> Source:
+    """What a record says the model was made from. UserError where it does not."""
+    try:
+        source = json.loads(text)["source"]
+        layout, name, sha256 = (str(source[key]) for key in ("layout", "name", "sha256"))
+        return Source(layout, name, int(source["bytes"]), sha256)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: {_NOT_ONE}") from error
+
+
 def files_of(text: bytes, where: str) -> list[storage.FileRecord]:
     """The files that a record lists. UserError for what is no record of these two files."""
     try:
@@ -48,7 +59,7 @@ def files_of(text: bytes, where: str) -> list[storage.FileRecord]:
             for name, file in sorted(record["files"].items())
         ]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{where}: not a model's record; import the model again") from error
+        raise UserError(f"{where}: {_NOT_ONE}") from error
     if [file.path for file in files] != sorted(FILES):
         raise UserError(f"{where}: lists other files than {' and '.join(FILES)}; refused")
     return files

@@ -19,7 +19,17 @@ from consistency import published
 from consistency.config import NetworkConfig, NoiseConfig
 from infra import cluster, storage, tuning
 from infra.errors import UserError
-from pipelines import adopted, cli, commands, config, dag, estimate, graph, importing
+from pipelines import (
+    adopted,
+    cli,
+    commands,
+    config,
+    dag,
+    estimate,
+    graph,
+    importing,
+    model_record,
+)
 from pipelines.adopting import overrides as brought
 from pipelines.arguments import _at_absolute_paths
 from pipelines.config import RecipeSource, load_recipe, resolved_yaml
@@ -34,6 +44,7 @@ NETWORK = NetworkConfig(
 )
 DIGITS = tuple("0123456789")
 STAGES = ("teacher", "distill", "isolate")
+SOURCE = "edm-digits.pkl (edm, sha256 0a0a0a0a0a0a)"  # as `record` says it
 LAST = "dec.8x8_aux_conv"
 FOREIGN = b"of another project"
 JUDGED = ["evaluate", "register", "report"]
@@ -58,17 +69,12 @@ def write(folder: Path, kind: str = "denoiser", seed: int = 0, **changes: Any) -
     return folder
 
 
-def record(folder: Path, source: Any = "edm-cifar10.pkl") -> Path:
+def record(folder: Path, **source: str) -> Path:
     """As `cmforge import` leaves it, written last."""
-    files = {
-        name: {
-            "bytes": (folder / name).stat().st_size,
-            "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest(),
-        }
-        for name in ("weights.safetensors", "config.json")
-    }
-    said = {"format": 1, "source": source, "files": files}
-    (folder / "model.json").write_text(json.dumps(said))
+    its = {"layout": "edm", "name": "edm-digits.pkl", "sha256": "0a" * 32, **source}
+    made_from = model_record.Source(bytes=7, **its)
+    files = storage.describe_dir(str(folder))
+    (folder / "model.json").write_bytes(model_record.compose(made_from, files))
     return folder
 
 
@@ -340,7 +346,7 @@ def test_a_model_that_is_no_longer_what_its_record_says_is_refused(tmp_path):
     with (place / "weights.safetensors").open("ab") as file:
         file.write(b"more")
     assert "has not the" in refused(f"teacher.from={place}")
-    for text in ("{}", "[]", '{"files": {"weights.safetensors": {"bytes": "x"}}}'):
+    for text in ("{}", "[]", "[" * 100_000, '{"files": [{"path": "weights.safetensors"}]}'):
         (place / "model.json").write_text(text)
         line = refused(f"teacher.from={place}")
         assert "model.json: not a model's record; import the model again" in line
@@ -434,16 +440,17 @@ def test_a_model_of_other_images_is_refused_once_the_data_are_known(tmp_path, ch
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("cd_imagenet64_lpips.pt", "cd_imagenet64_lpips.pt"),
-        ("/home/me/models/edm.pkl", "edm.pkl"),
-        ("https://me:secret@host/edm.pkl?token=1", "https://host/edm.pkl"),
-        ({"layout": "openai", "path": "/home/me/a.pt"}, "layout openai, path a.pt"),
+        ("edm.pkl", "edm.pkl (edm, sha256 0a0a0a0a0a0a)"),
+        ("/home/me/models/edm.pkl", "edm.pkl (edm, sha256 0a0a0a0a0a0a)"),
+        (
+            "https://me:secret@host/edm.pkl?token=1",
+            "https://host/edm.pkl (edm, sha256 0a0a0a0a0a0a)",
+        ),
         ("a\nb" + "c" * 500, "a b" + "c" * 197),
-        (None, "model"),
     ],
 )
 def test_the_source_is_one_short_line_without_secrets_or_this_machine(tmp_path, source, said):
-    place = record(write(tmp_path / "model"), source)
+    place = record(write(tmp_path / "model"), name=source)
     assert adopted.look("k", str(place), ("denoiser",)).source == said
 
 
@@ -500,12 +507,12 @@ def fresh(capfd: pytest.CaptureFixture[str]) -> set[str]:
 def test_a_teacher_from_outside_is_distilled_evaluated_registered_and_never_read_again(
     here, models, capfd
 ):
-    place = record(write(here / "mine"), {"layout": "edm", "file": "edm-digits.pkl"})
+    place = record(write(here / "mine"))
     run(f"teacher.from={place}")
     assert fresh(capfd) == set(steps())
     teacher = value("teacher")
     assert (teacher["kind"], teacher["images"], teacher["ema"]) == ("denoiser", 0, "adopted")
-    assert teacher["source"] == "layout edm, file edm-digits.pkl"
+    assert teacher["source"] == SOURCE
     assert (home("teacher") / "weights.safetensors").read_bytes() == (
         place / "weights.safetensors"
     ).read_bytes()
@@ -517,9 +524,9 @@ def test_a_teacher_from_outside_is_distilled_evaluated_registered_and_never_read
     assert levels["teacher", 4]["sampler"] == "heun"
 
     page = (home("report") / "report.html").read_text()
-    assert page.count("layout edm, file edm-digits.pkl") == 2  # beside the training, and in lineage
+    assert page.count(SOURCE) == 2  # beside the training, and in lineage
     assert "c_noise: log_sigma_1000" in page
-    assert tags()["cmforge.adopted.teacher"] == "layout edm, file edm-digits.pkl"
+    assert tags()["cmforge.adopted.teacher"] == SOURCE
     assert f"cmforge.adopted.{value('register')['candidate']}" not in tags()
 
     run(f"teacher.from={place}")
