@@ -1,10 +1,12 @@
 """`cmforge import`: a model of this or another project, from anywhere, as a model folder of ours.
 
 What can be read: state dicts of OpenAI's networks (.pt, .safetensors), NVlabs EDM's pickled
-networks and state dicts, model folders and committed results of our own, from any path or fsspec
-URL. The files are not trusted; see `foreign_file` for how they are read.
+networks and state dicts, folders of diffusers' consistency models, model folders and committed
+results of our own, from any path or fsspec URL. The files are not trusted; see `foreign_file` for
+how they are read.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -28,6 +30,7 @@ Kind = Literal["denoiser", "consistency"]
 
 SUFFIXES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")
 MOST_CONFIG = 1 << 20  # bytes
+_TENSORS = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -214,8 +217,8 @@ def _kind(asked: Kind | None, stored: Kind | None, named: Kind | None) -> Kind:
 
 
 def _from_folder(folder: str, scratch: Path, options: Options) -> Imported:
-    if any(storage.exists(storage.join(folder, name)) for name in ("model_index.json", "unet")):
-        raise UserError(f"{folder}: diffusers folders are not read yet")  # diffusers goes here
+    if storage.exists(storage.join(folder, "model_index.json")) or _is_unet(folder):
+        return _from_diffusers(folder, scratch, options)
     folder, records = _committed(folder)
     if not all(storage.exists(storage.join(folder, name)) for name in FILES):
         raise UserError(
@@ -230,6 +233,48 @@ def _from_folder(folder: str, scratch: Path, options: Options) -> Imported:
         "cmforge", FILES[0], weights_file.stat().st_size, storage.sha256(str(weights_file))
     )
     return _own(local, source, options)
+
+
+def _is_unet(folder: str) -> bool:
+    """Whether it is the folder of diffusers' network alone."""
+    names = storage.list_dir(folder)
+    return "config.json" in names and any(n.startswith("diffusion_pytorch_model") for n in names)
+
+
+def _from_diffusers(folder: str, scratch: Path, options: Options) -> Imported:
+    from consistency.foreign.openai import named_classes
+    from pipelines import diffusers_folder
+
+    if options.size is not None or options.head_channels is not None:
+        raise UserError(f"{folder}: its configuration says size and heads; leave them out")
+    if options.kind not in (None, "consistency"):
+        raise UserError(f"--kind: {options.kind}, but the folder holds a consistency model")
+    local = _diffusers_here(folder, scratch)
+    description, weights = diffusers_folder.read_folder(local)
+    if options.classes is not None:
+        names = named_classes(len(description.class_names), options.classes)
+        description = replace(description, class_names=names)
+    files = [file for file in storage.describe_dir(str(local)) if file.path.endswith(_TENSORS)]
+    digests = "\n".join(file.sha256 for file in files)
+    sha256 = digests if len(files) == 1 else hashlib.sha256(digests.encode()).hexdigest()
+    name = folder.rstrip("/").rpartition("/")[2]
+    source = Source("diffusers", name, sum(file.bytes for file in files), sha256)
+    return Imported(description, weights, source)
+
+
+def _diffusers_here(folder: str, scratch: Path) -> Path:
+    """The folder itself, or a copy of what can be read of one that lies in a store."""
+    if storage.is_local(folder):
+        return Path(storage.absolute(folder))
+    files = [f for f in storage.list_files(folder) if f[0].endswith((_TENSORS, ".json"))]
+    if (size := sum(size for _, size in files)) > foreign_file.MOST_BYTES:
+        raise UserError(f"{folder}: {size:,} bytes are too many; refused")
+    for path, _ in files:
+        if ".." in path.split("/"):
+            raise UserError(f"{folder}: holds {path!r}; refused")
+        (scratch / path).parent.mkdir(parents=True, exist_ok=True)
+        storage.download_file(storage.join(folder, path), str(scratch / path))
+    return scratch
 
 
 def _committed(folder: str) -> tuple[str, list[storage.FileRecord]]:
