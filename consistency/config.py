@@ -68,8 +68,9 @@ class NetworkConfig:
             len(self.channel_mult) > 0 and min(self.channel_mult) >= 1,
             f"channel_mult: {list(self.channel_mult)} needs at least one level, each >= 1",
         )
+        require(self.num_blocks >= 1, f"num_blocks: {self.num_blocks} must be >= 1")
         # Descriptions come from outside too: one line must not ask for a million layers.
-        require(1 <= self.num_blocks <= 256, f"num_blocks: {self.num_blocks} must be from 1 to 256")
+        require(self.num_blocks <= 256, f"num_blocks: {self.num_blocks} must be <= 256")
         require(self.fourier_scale > 0, f"fourier_scale: {self.fourier_scale} must be > 0")
         require(self.groups is None or self.groups >= 1, f"groups: {self.groups} must be >= 1")
         require(

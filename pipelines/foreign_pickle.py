@@ -80,6 +80,8 @@ def _limit(size: int) -> None:
         (resource.RLIMIT_FSIZE, 2 * size + (16 << 20)),
         (resource.RLIMIT_CORE, 0),
     ):
+        hard = resource.getrlimit(what)[1]  # a lower one of the system's stays
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(what, (most, most))
 
 

@@ -22,28 +22,26 @@ SOURCE = "import pathlib\npathlib.Path('executed').touch()\n"  # what must never
 class Persistent(nn.Module):
     """A module that pickles as EDM's do."""
 
-    class_name: str
-    init: tuple[tuple[Any, ...], dict[str, Any]]
-
     def __reduce__(self) -> Any:
-        state = dict(self.__dict__)
-        state["_init_args"], state["_init_kwargs"] = state.pop("init")
-        name = state.pop("class_name")
         meta = {
-            "type": "class", "version": 6, "module_src": SOURCE, "class_name": name, "state": state,
-        }  # fmt: skip
+            "type": "class",
+            "version": 6,
+            "module_src": SOURCE,
+            "class_name": type(self).__name__,
+            "state": self.__dict__,
+        }
         return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (meta,)
 
 
-def persistent(name: str, *args: Any, **kwargs: Any) -> Persistent:
-    module = Persistent()
-    module.class_name, module.init = name, (args, kwargs)
+def persistent(name: str, *args: Any, **kwargs: Any) -> Any:
+    module = type(name, (Persistent,), {})()
+    module._init_args, module._init_kwargs = args, kwargs
     return module
 
 
 def network(
     state: Mapping[str, Tensor], config: Mapping[str, Any], wrapper: str = "EDMPrecond", **more: Any
-) -> Persistent:
+) -> Any:
     """What `pickle.dump` is given: a preconditioner whose `model` holds these tensors."""
     arguments = {k: v for k, v in config.items() if k not in ("model_type", "img_channels")}
     channels = config["img_channels"]
@@ -105,7 +103,8 @@ def dump(path: Path, ema: Any, protocol: int = pickle.DEFAULT_PROTOCOL, **more: 
     """A network's snapshot, as EDM's training writes it."""
     with stand_ins():
         easy = sys.modules["dnnlib.util"].EasyDict(class_name="training.dataset.ImageFolderDataset")
-        loss = persistent("EDMLoss", P_mean=-1.2)
+        loss = persistent("ECMLoss", P_mean=-1.1)
+        loss.weight_of = loss.get_parameter  # a bound method, as ECT's loss keeps them
         whole = {"ema": ema, "loss_fn": loss, "augment_pipe": None, "dataset_kwargs": easy, **more}
         path.write_bytes(pickle.dumps(whole, protocol))
     return path

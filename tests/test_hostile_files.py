@@ -205,6 +205,26 @@ def test_code_within_the_bytes_of_a_tensor_is_refused(tmp_path):
     assert "refused: damaged or cut short" in refusal(path)
 
 
+def test_attributes_are_never_looked_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign_pickle, "_limit", lambda size: None)
+    path = tmp_path / "a" / "edm.pkl"
+    meta = {"class_name": "ECMLoss", "state": {"q": 2}}
+    made = Call("torch_utils.persistence", "_reconstruct_persistent_obj", meta)
+    method = Call("builtins", "getattr", made, "snr")
+    for owner, name, words in [
+        (made, "__class__", "it calls getattr for __class__"),
+        (method, "im_func", "it calls getattr for im_func"),
+        ({"a": 1}, "clear", "it has a dict where a object must be"),
+        (Call("torch", "Size", (1,)), "count", "it has a tuple where a object must be"),
+    ]:
+        path.write_bytes(pickled({"loss_fn": Call("builtins", "getattr", owner, name)}))
+        assert child(path) == (2, words)
+    path.write_bytes(pickled({"loss_fn": method}))
+    assert child(path)[1].endswith("it holds loss_fn: ECMLoss.snr")
+    path.write_bytes(pickled(method)[:-1] + b")R.")  # and called
+    assert child(path) == (2, "it has a Object where a name must be")
+
+
 def test_names_from_a_file_cannot_paint_the_terminal(tmp_path):
     path = tmp_path / "a" / "edm.pkl"
     path.write_bytes(pickled(Call("os\n\x1b[31mDone", "x" * 10_000)))
@@ -279,7 +299,7 @@ def test_one_storage_written_out_many_times_is_refused(tmp_path):
 def test_lists_that_double_end_at_the_limit_of_memory(tmp_path):
     # 100,000 numbers once, then 20,000 steps of a few bytes that each ask for a copy of them.
     grow = b"ctorch\nSize\n" + b"(" + b"K\x01" * 100_000 + b"t\x85R"
-    again = b"ctorch\nSize\n(" + b"h\x00tR"
+    again = b"cbuiltins\nlist\n(h\x00tR"
     path = tmp_path / "a" / "edm.pkl"
     path.write_bytes(b"\x80\x04" + grow + b"q\x000](" + again * 20_000 + b"e.")
     assert path.stat().st_size < 1 << 20
