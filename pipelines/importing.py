@@ -217,7 +217,7 @@ def _kind(asked: Kind | None, stored: Kind | None, named: Kind | None) -> Kind:
 
 
 def _from_folder(folder: str, scratch: Path, options: Options) -> Imported:
-    if storage.exists(storage.join(folder, "model_index.json")) or _is_unet(folder):
+    if is_diffusers(folder):
         return _from_diffusers(folder, scratch, options)
     folder, records = _committed(folder)
     if not all(storage.exists(storage.join(folder, name)) for name in FILES):
@@ -235,10 +235,10 @@ def _from_folder(folder: str, scratch: Path, options: Options) -> Imported:
     return _own(local, source, options)
 
 
-def _is_unet(folder: str) -> bool:
-    """Whether it is the folder of diffusers' network alone."""
+def is_diffusers(folder: str) -> bool:
+    """Whether diffusers made it: a pipeline's folder, or that of its network alone."""
     names = storage.list_dir(folder)
-    return "config.json" in names and any(n.startswith("diffusion_pytorch_model") for n in names)
+    return "model_index.json" in names or any(n.startswith("diffusion_pytorch_") for n in names)
 
 
 def _from_diffusers(folder: str, scratch: Path, options: Options) -> Imported:

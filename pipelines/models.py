@@ -102,10 +102,10 @@ def folder_of(model: str | None, workspace: str, scratch: Path) -> tuple[Path, f
 
 def _fetched(folder: str, scratch: Path) -> Path:
     """A folder or file of any store as a folder here, checked against its record if it has one."""
-    if importing.is_file(folder):
+    missing = [name for name in FILES if not storage.exists(storage.join(folder, name))]
+    if importing.is_file(folder) or (missing and importing.is_diffusers(folder)):
         importing.write(importing.read(folder), str(scratch))
         return scratch
-    missing = [name for name in FILES if not storage.exists(storage.join(folder, name))]
     if FILES[0] in missing:
         raise UserError(
             f"{folder}: no such model; give models:/NAME@ALIAS, a file to import, a folder with "

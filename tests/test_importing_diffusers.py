@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from consistency.published import load
 from infra import storage
-from pipelines import diffusers_folder
+from pipelines import diffusers_folder, models
 from pipelines.cli import main
 from tests.foreign_models import EVERY, weights_of
 
@@ -55,6 +55,15 @@ def test_a_folder_comes_in_as_it_went_out_and_goes_out_again(saved, tmp_path, ca
     for path, _ in storage.list_files(str(folder)):
         if path != "README.md":  # which names the folder
             assert (tmp_path / "again" / path).read_bytes() == (folder / path).read_bytes(), path
+
+
+def test_a_command_that_takes_a_model_takes_the_folder_as_it_is(saved, tmp_path):
+    folder, description, weights = saved
+    loaded = models.load(str(folder), "", "")
+    assert loaded.description == description
+    assert all(
+        torch.equal(loaded.function.net.state_dict()[key], value) for key, value in weights.items()
+    )
 
 
 def test_from_a_store_with_names_of_its_classes(saved, tmp_path):
