@@ -38,7 +38,7 @@ from pipelines.yardstick import STATS
 
 COMMANDS = [
     *("run", "plan", "status", "report", "sample", "estimate", "compare", "doctor"),
-    *("reference", "reference export"),
+    *("export", "reference", "reference export"),
     *("weights", "weights list", "weights fetch", "weights import"),
 ]
 STEPS = ["shard", "reference", "teacher", "distill", "isolate", "evaluate", "register", "report"]
