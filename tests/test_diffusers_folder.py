@@ -65,18 +65,22 @@ def test_the_pipeline_draws_what_we_draw(tmp_path, monkeypatch, name, conditiona
 
     labels = torch.tensor([0, 2, 1, 1]) if conditional else None
     label = {"class_labels": labels} if conditional else {}
-    rows = {row["steps"]: row for row in diffusers_folder.sampling(description)}
+    rows = {row["steps"]: row["timesteps"] for row in diffusers_folder.sampling(description)}
     calls = [
-        ({"num_inference_steps": 1}, [80.0]),
-        ({"num_inference_steps": None, "timesteps": rows[2]["timesteps"]}, rows[2]["sigmas"]),
-        ({"num_inference_steps": None, "timesteps": rows[4]["timesteps"]}, rows[4]["sigmas"]),
+        (1, {"num_inference_steps": 1}),
+        (2, {"num_inference_steps": None, "timesteps": rows[2]}),
+        (4, {"num_inference_steps": None, "timesteps": rows[4]}),
     ]
     if description.boundary > 0:
-        calls.append(({"num_inference_steps": 4}, description.sigmas(4)))
-    for call, sigmas in calls:
+        calls.append((4, {"num_inference_steps": 4}))
+    for steps, call in calls:
         _, images = drawn(monkeypatch, folder, noise, custom, **call, **label)
         ours = sampling.sample_multistep(
-            model.function, noise, [80.0, *sigmas[1:]], labels, sigma_min=description.boundary
+            model.function,
+            noise,
+            description.sigmas(steps),
+            labels,
+            sigma_min=description.boundary,
         )
         worst = float((images - (ours / 2 + 0.5)).abs().max())
         assert worst <= BOUND
