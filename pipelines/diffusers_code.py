@@ -1,6 +1,7 @@
 """`diffusers_unet.py` and all it needs of `consistency`, as the source of one file."""
 
 import ast
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,13 +56,17 @@ def one_file() -> str:
             node = statements[name][2] if name in statements else ast.Pass()
             waiting += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
     used = sorted({line for name, line in imports.items() if name.split(".")[0] in needed})
-    parts, module = ["\n".join([HEADER, *used])], ""
+    parts, module = [], ""
     for name, (home, text, _) in statements.items():
         if name in needed:
             parts += [] if home == module else [f"# ---- {home} ----"]
             parts.append(text)
             module = home
-    return "\n\n\n".join(parts) + "\n"
+    # Inside a function, as diffusers runs the file again for each model, in the same module: one
+    # that is already there must not find the classes of the next.
+    body = textwrap.indent("\n\n".join([*parts, f"return {WANTED}"]), "    ")
+    start = "\n".join([HEADER, *used])
+    return f"{start}\n\n\ndef _define():\n{body}\n\n\n{WANTED} = _define()\n"
 
 
 def _source(module: str) -> str:

@@ -30,7 +30,7 @@ RECORDS = ("model.json", "model_index.json")  # without one a folder is not a mo
 def export(
     name: str | None, workspace: str, tracking_uri: str, *, format: str, out: str
 ) -> list[str]:
-    """Write a model to a path or URL; returns lines of Python that load it. Raises UserError."""
+    """Write a model to a path or URL; returns lines that load it. Raises UserError."""
     from safetensors.torch import load_file
 
     with (
@@ -62,6 +62,8 @@ def _write(
         return diffusers_folder.how_to_load(out, description, custom=custom)
     if format == "safetensors":
         write_model(made, description, weights, _called(source))
+        if not storage.is_local(out):
+            return [f"cmforge sample {out}"]
         return [
             "from pathlib import Path",
             "from consistency import published",

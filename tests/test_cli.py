@@ -40,7 +40,7 @@ from pipelines.yardstick import STATS
 
 COMMANDS = [
     *("run", "plan", "status", "report", "sample", "estimate", "compare", "doctor"),
-    *("reference", "reference export"),
+    *("import", "export", "reference", "reference export"),
     *("edit", "edit inpaint", "edit superres", "edit denoise", "edit interpolate"),
     *("weights", "weights list", "weights fetch", "weights import"),
 ]

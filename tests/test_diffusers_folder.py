@@ -32,7 +32,7 @@ def hub(tmp_path, monkeypatch):
 def written(tmp_path, name, **changes):
     description = EVERY[name](**changes)
     folder = tmp_path / "model"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     custom = diffusers_folder.write_folder(folder, description, weights_of(description))
     return folder, description, custom
 
@@ -42,7 +42,7 @@ def drawn(monkeypatch, folder, noise, custom, **call):
     draws = iter(range(100))
 
     def ours(shape, **_):
-        return noise(next(draws))
+        return noise(next(draws))  # of this and of later calls
 
     monkeypatch.setattr(pipeline_module, "randn_tensor", ours)
     monkeypatch.setattr(scheduler_module, "randn_tensor", ours)
@@ -65,18 +65,22 @@ def test_the_pipeline_draws_what_we_draw(tmp_path, monkeypatch, name, conditiona
 
     labels = torch.tensor([0, 2, 1, 1]) if conditional else None
     label = {"class_labels": labels} if conditional else {}
-    rows = {row["steps"]: row for row in diffusers_folder.sampling(description)}
+    rows = {row["steps"]: row["timesteps"] for row in diffusers_folder.sampling(description)}
     calls = [
-        ({"num_inference_steps": 1}, [80.0]),
-        ({"num_inference_steps": None, "timesteps": rows[2]["timesteps"]}, rows[2]["sigmas"]),
-        ({"num_inference_steps": None, "timesteps": rows[4]["timesteps"]}, rows[4]["sigmas"]),
+        (1, {"num_inference_steps": 1}),
+        (2, {"num_inference_steps": None, "timesteps": rows[2]}),
+        (4, {"num_inference_steps": None, "timesteps": rows[4]}),
     ]
     if description.boundary > 0:
-        calls.append(({"num_inference_steps": 4}, description.sigmas(4)))
-    for call, sigmas in calls:
+        calls.append((4, {"num_inference_steps": 4}))
+    for steps, call in calls:
         _, images = drawn(monkeypatch, folder, noise, custom, **call, **label)
         ours = sampling.sample_multistep(
-            model.function, noise, [80.0, *sigmas[1:]], labels, sigma_min=description.boundary
+            model.function,
+            noise,
+            description.sigmas(steps),
+            labels,
+            sigma_min=description.boundary,
         )
         worst = float((images - (ours / 2 + 0.5)).abs().max())
         assert worst <= BOUND
@@ -141,6 +145,14 @@ def test_a_folder_with_code_of_its_own_needs_no_cmforge(tmp_path):
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "(2, 8, 8, 1) float32 True"
+
+
+def test_two_models_with_code_of_their_own_live_side_by_side(tmp_path, monkeypatch):
+    folders = [written(tmp_path / name, name)[0] for name in ("ddpmpp", "ncsnpp")]
+    noise, labels = torch.ones(4, 3, 16, 16), {"class_labels": torch.tensor([0, 1, 2, 0])}
+    first, before = drawn(monkeypatch, folders[0], lambda _: noise, True, **labels)
+    drawn(monkeypatch, folders[1], lambda _: noise, True, **labels)
+    assert torch.equal(first(batch_size=4, output_type="pt", **labels).images, before)
 
 
 def test_without_trust_nothing_of_the_folder_runs(tmp_path):

@@ -84,7 +84,17 @@ def check(description, function):
             assert float((a - b).abs().max()) <= BOUND
 
 
-@pytest.mark.parametrize("name", ["quickstart", "ncsnpp", "adm", "mean_flow"])
+# torch's ONNX exporter takes ten seconds for a network of two levels.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ncsnpp",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("quickstart", "adm", "mean_flow")
+        ),
+    ],
+)
 def test_onnx(tmp_path, name):
     description, file = KINDS[name], tmp_path / "model.onnx"
     programs.write_onnx(model_of(description), file)
