@@ -257,7 +257,11 @@ def _add_edits(edit: argparse.ArgumentParser, add: Callable[..., Any]) -> None:
             sub.add_argument(
                 "--resize", action="store_true", help="take the centre square at the model's size"
             )
-        sub.add_argument("--steps", type=int, help="evaluations of the model, 1 to 40")
+        sub.add_argument(
+            "--steps",
+            type=int,
+            help="1 to 40 evaluations (default 8; stroke 2; denoise, interpolate 1)",
+        )
         sub.add_argument(
             "--sigmas", metavar="80,24,5", help="at these noise levels, instead of the preset's"
         )
