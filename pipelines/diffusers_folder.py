@@ -207,17 +207,14 @@ def _read_custom(
     config: Json, scheduler: Json, tensors: "Mapping[str, Tensor]"
 ) -> "tuple[ModelDescription, dict[str, Tensor]]":
     """A folder of ours with code of its own, which is not looked at."""
-    from consistency.foreign.checks import check_tensors
-    from consistency.foreign.diffusers_config import empty_network
+    from consistency.foreign.fit import require_fit, shapes_of
 
     description = _ours(config.get("description"))
     if {**_custom(description), "_class_name": CLASS} != _plain({**config, "_class_name": CLASS}):
         raise ValueError("unet/config.json contradicts its own description")
     _check_same(description, None, scheduler)
-    expected = empty_network(description).state_dict()
-    wrong = check_tensors({f"net.{key}": v.shape for key, v in expected.items()}, tensors)
-    if wrong:
-        raise ValueError("; ".join(wrong))
+    expected = shapes_of(description)
+    require_fit(tensors, {f"net.{key}": shape for key, shape in expected.items()})
     return description, {key: tensors[f"net.{key}"].float() for key in expected}
 
 

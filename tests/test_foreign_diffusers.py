@@ -119,10 +119,10 @@ def test_all_that_is_wrong_is_named_at_once():
     with pytest.raises(ValueError, match="no consistency model") as caught:
         from_diffusers(net.config, scheduler.config, tensors)
     for part in (
-        "colour: unknown",
-        "conv_in.bias: missing",
-        "conv_out.bias: shape [4], not [3]",
-        "conv_in.weight: torch.int64",
+        "colour [32] is unknown",
+        "conv_in.bias [32] is missing",
+        "conv_out.bias is [4] instead of [3]",
+        "conv_in.weight is int64 instead of float",
     ):
         assert part in str(caught.value)
 

@@ -1,13 +1,9 @@
 """What is asked of a foreign model before anything of its size is made."""
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
 LARGEST = {"levels": 16, "width": 1 << 16, "num_blocks": 64, "size": 1 << 13, "channels": 64}
 MOST_CLASSES = 1 << 20
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_bounds(
@@ -28,19 +24,6 @@ def check_bounds(
         beyond.append(f"{classes} classes (at most {MOST_CLASSES})")
     if beyond:
         raise ValueError(f"larger than any network we know: {', '.join(beyond)}")
-
-
-def check_tensors(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Every tensor that is unknown, missing, of another shape or no float16, bfloat16, float32."""
-    wrong = [f"{name}: unknown" for name in sorted(set(tensors) - set(shapes))]
-    for name, shape in shapes.items():
-        if name not in tensors:
-            wrong.append(f"{name}: missing")
-        elif list(tensors[name].shape) != list(shape):
-            wrong.append(f"{name}: shape {list(tensors[name].shape)}, not {list(shape)}")
-        elif tensors[name].dtype not in FLOATS:
-            wrong.append(f"{name}: {tensors[name].dtype}, not float16, bfloat16 or float32")
-    return wrong
 
 
 def check_raw(model: object) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from consistency.foreign import diffusers_config
-from consistency.foreign.checks import check_tensors
+from consistency.foreign.fit import as_float32, listed, misfits
 from consistency.networks.blocks import Block
 from consistency.published import ModelDescription
 
@@ -45,12 +45,12 @@ def from_diffusers(
     description, wrong = diffusers_config.description_of(unet_config, scheduler_config)
     if description is not None:
         layout = _layout(description)
-        shapes = {name: shape for piece in layout for name, shape in piece.theirs.items()}
-        wrong += check_tensors(shapes, tensors)
+        shapes = {name: tuple(s) for piece in layout for name, s in piece.theirs.items()}
+        wrong += misfits(tensors, shapes)
     if description is None or wrong:
-        raise ValueError(f"no consistency model that we can read: {'; '.join(wrong)}")
+        raise ValueError(f"no consistency model that we can read: {listed(wrong, '; ')}")
     return description, {
-        piece.ours: piece.join([tensors[name].float() for name in piece.theirs]).contiguous()
+        piece.ours: piece.join([as_float32(tensors[name]) for name in piece.theirs]).contiguous()
         for piece in layout
     }
 

@@ -19,7 +19,13 @@ def shapes_of(description: ModelDescription) -> dict[str, Shape]:
 
 
 def require_fit(found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
-    """One ValueError that lists every missing, unknown and misshapen tensor, LISTED at most.
+    """One ValueError that lists every misfit, LISTED at most."""
+    if wrong := misfits(found, expected):
+        raise ValueError(f"tensors that do not fit: {listed(wrong, '; ')}")
+
+
+def misfits(found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> list[str]:
+    """Every missing, unknown and misshapen tensor, sorted.
 
     Integers and values that are not finite are as wrong as a wrong shape.
     """
@@ -35,8 +41,7 @@ def require_fit(found: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> N
             wrong.append(f"{key} is {_dtype(tensor)} instead of float")
         elif not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             wrong.append(f"{key} has values that are not finite")
-    if wrong:
-        raise ValueError(f"tensors that do not fit: {listed(sorted(wrong), '; ')}")
+    return sorted(wrong)
 
 
 def listed(names: Sequence[str], separator: str = ", ") -> str:
