@@ -145,3 +145,11 @@ def _reference_at_absolute_paths(reference: Any) -> Any:
         for entry in reference.extractor
     )
     return replace(reference, extractor=extractor, **files)
+
+
+def tracking_uri(cluster: Any) -> str:
+    """The registry that a cluster's runs go to."""
+    from infra import tracking
+
+    uri: str = cluster.tracking_uri or tracking.default_tracking_uri(cluster.workspace)
+    return uri

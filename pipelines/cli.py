@@ -1,4 +1,4 @@
-"""The command `cmforge`: what can be typed, and how it ends. `commands` does it."""
+"""The command `cmforge`: what can be typed, and how it ends. `*commands` do it."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from infra.errors import UserError
-from pipelines import commands
+from pipelines import commands, model_commands
 
 EXIT_CODES = """\
 exit codes:
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(report, optional=True)
     report.add_argument("--out", metavar="FILE", help="copy the page there")
 
-    sample = add("sample", commands.sample, "draw images from a model")
+    sample = add("sample", model_commands.sample, "draw images from a model")
     sample.add_argument(
         "model",
         nargs="?",
@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "take a model of another project, or of ours from elsewhere, as a model folder"
     take = described("import", text)
-    take.set_defaults(command=commands.import_model)
+    take.set_defaults(command=model_commands.import_model)
     take.add_argument(
         "source", metavar="SOURCE", help="a .pt, .pkl or .safetensors file, a folder, or a URL"
     )
@@ -180,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_edits(described("edit", "change images with a model that never learned to"), add)
     text = "write a model for other programs: a model folder, diffusers, ONNX or torch.export"
-    out = add("export", commands.export, text)
+    out = add("export", model_commands.export, text)
     out.add_argument("model", nargs="?", help=MODEL)
     out.add_argument(
         "--format",
@@ -247,7 +247,7 @@ def _add_edits(edit: argparse.ArgumentParser, add: Callable[..., Any]) -> None:
     model = MODEL.split(" (default")[0]
 
     def task(name: str, text: str, image: str | None) -> Any:
-        sub = add(name, commands.edit, text, among=tasks)
+        sub = add(name, model_commands.edit, text, among=tasks)
         sub.set_defaults(task=name)
         sub.add_argument("model", metavar="MODEL", help=model)
         if image is not None:

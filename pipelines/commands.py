@@ -13,7 +13,7 @@ from typing import Any
 
 from infra import storage, temporary
 from infra.errors import HeadLost, Preempted, UserError
-from pipelines.arguments import load, source
+from pipelines.arguments import load, source, tracking_uri
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,7 +105,7 @@ def _execute(
             storage.write_bytes(storage.join(cluster.workspace, "recipe.yaml"), text)
             settings = dag.Settings(
                 workspace=cluster.workspace,
-                tracking_uri=_tracking_uri(cluster),
+                tracking_uri=tracking_uri(cluster),
                 experiment=recipe.name,
                 cluster=cluster,
                 stop=storage.join(cluster.workspace, "stops", held.token),
@@ -185,73 +185,10 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def sample(arguments: argparse.Namespace) -> int:
-    from pipelines import sample
-
-    arguments.recipe, arguments.overrides = None, []
-    _, cluster = load(arguments, recipe_needed=False)
-    path = sample.draw(
-        arguments.model,
-        cluster.workspace,
-        _tracking_uri(cluster) if (arguments.model or "").startswith("models:") else None,
-        num=arguments.num,
-        steps=arguments.steps,
-        seed=arguments.seed,
-        label=arguments.label,
-        levels=None if arguments.levels is None else sample.levels_of(arguments.levels),
-        guidance=arguments.guidance,
-        out=Path(arguments.out),
-    )
-    print(path)
-    return 0
-
-
-def import_model(arguments: argparse.Namespace) -> int:
-    from pipelines import importing
-
-    named = arguments.classes
-    imported = importing.read(
-        arguments.source,
-        kind=arguments.kind,
-        size=arguments.size,
-        head_channels=arguments.head_channels,
-        classes=None if named is None else importing.class_names(named),
-    )
-    for line in importing.summary(imported):
-        print(line)
-    print(importing.write(imported, arguments.out))
-    return 0
-
-
-def edit(arguments: argparse.Namespace) -> int:
-    from pipelines import edit
-
-    arguments.recipe, arguments.overrides = None, []
-    _, cluster = load(arguments, recipe_needed=False)
-    for path in edit.run(arguments, cluster.workspace, _tracking_uri(cluster)):
-        print(path)
-    return 0
-
-
-def export(arguments: argparse.Namespace) -> int:
-    from pipelines import export
-
-    cluster = load(arguments, recipe_needed=False)[1]
-    lines = export.export(
-        arguments.model,
-        cluster.workspace,
-        _tracking_uri(cluster),
-        format=arguments.format,
-        out=arguments.out,
-    )
-    print(arguments.out, *lines, sep="\n")
-    return 0
-
-
 def estimate(arguments: argparse.Namespace) -> int:
-    from pipelines import estimate
+    from pipelines import estimate_command
 
-    return estimate.show(arguments, load(arguments, recipe_needed=False)[1])
+    return estimate_command.show(arguments, load(arguments, recipe_needed=False)[1])
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -275,7 +212,7 @@ def compare(arguments: argparse.Namespace) -> int:
         recipe,
         _yardstick(recipe, cluster),
         workspace=cluster.workspace,
-        tracking_uri=_tracking_uri(cluster),
+        tracking_uri=tracking_uri(cluster),
         samples=arguments.samples,
         out=Path(arguments.out),
     )
@@ -351,12 +288,6 @@ def _yardstick(recipe: Any, cluster: Any) -> Any:
             f"no statistics of real images yet: {reference.reason}; run: cmforge run {recipe.name}"
         )
     return Yardstick.of(shard.committed, reference.committed)
-
-
-def _tracking_uri(cluster: Any) -> str:
-    from infra import tracking
-
-    return cluster.tracking_uri or tracking.default_tracking_uri(cluster.workspace)
 
 
 def _ray(address: str) -> Any:

@@ -159,6 +159,7 @@ def _device_cost(config: TuneStage, images: int) -> list[str]:
     """FLOPs and GPU time of so many images of the recipe's own setting; nothing where the recipe
     leaves open how large they are."""
     from pipelines import estimate
+    from pipelines.estimate_command import in_hours
 
     try:
         found = estimate.estimate(config.source.recipe())
@@ -167,9 +168,7 @@ def _device_cost(config: TuneStage, images: int) -> list[str]:
     stage = next(stage for stage in found.stages if stage.name == config.sweep.stage)
     share = images / stage.images
     work = [estimate.Work(part.flops * share, part.precision) for part in stage.work]
-    hours = (
-        f"{device.name} {estimate.in_hours(device.hours(work, MFU))}" for device in estimate.DEVICES
-    )
+    hours = (f"{device.name} {in_hours(device.hours(work, MFU))}" for device in estimate.DEVICES)
     flops = sum(part.flops for part in work)
     return [
         f"in full {flops:.3g} FLOP by the recipe's own setting: {', '.join(hours)} "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from consistency.evaluation.protocol import Protocol
 from infra import storage
 from pipelines.blocks import Block, Item, Part, cut
-from pipelines.recipe import WatchConfig
+from pipelines.measuring import WatchConfig
 from pipelines.scoring import in_order, sample_part
 from pipelines.yardstick import Yardstick
 

@@ -20,7 +20,8 @@ from infra.errors import UserError
 from pipelines import blocks, scoring
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, from_json, to_json
 from pipelines.dag import StepContext
-from pipelines.recipe import Cluster, ReferenceConfig
+from pipelines.measuring import ReferenceConfig
+from pipelines.recipe import Cluster
 from pipelines.scoring import in_process
 from pipelines.steps import reference
 from pipelines.steps.reference import ReferenceStage

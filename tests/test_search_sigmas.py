@@ -30,7 +30,8 @@ from pipelines.artifacts import (
     to_json,
 )
 from pipelines.dag import StepContext
-from pipelines.recipe import Cluster, SigmaSearchConfig
+from pipelines.measuring import SigmaSearchConfig
+from pipelines.recipe import Cluster
 from pipelines.scoring import Job, Measured, in_process
 from pipelines.steps import search_sigmas
 from pipelines.steps.search_sigmas import SearchStage

@@ -22,7 +22,8 @@ from consistency.evaluation.frechet import GaussianStats
 from pipelines import scoring
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel, content_of
 from pipelines.dag import StepContext
-from pipelines.recipe import Cluster, SelectConfig
+from pipelines.measuring import SelectConfig
+from pipelines.recipe import Cluster
 from pipelines.scoring import Job, Measured, in_process
 from pipelines.steps import select_ema
 from pipelines.steps.select_ema import SelectStage

@@ -24,7 +24,8 @@ from pipelines import train_worker, watch
 from pipelines.artifacts import Committed, ShardSet, TrainedModel
 from pipelines.checkpoints import Checkpoints
 from pipelines.dag import StepContext
-from pipelines.recipe import Cluster, WatchConfig
+from pipelines.measuring import WatchConfig
+from pipelines.recipe import Cluster
 from pipelines.training import StageConfig, run_stage
 from pipelines.watch import WatchJob
 from pipelines.yardstick import FeatureNetwork, Yardstick

@@ -18,7 +18,7 @@ from consistency.config import NetworkConfig, NoiseConfig
 from consistency.evaluation.domain import feature_net_for
 from consistency.evaluation.frechet import GaussianStats
 from pipelines import blocks
-from pipelines.recipe import WatchConfig
+from pipelines.measuring import WatchConfig
 from pipelines.scoring import Job, Subject, in_process, measure_all
 from pipelines.watch import Diverged, Watch, WatchJob, write_best
 from pipelines.yardstick import FeatureNetwork, Yardstick

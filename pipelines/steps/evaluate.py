@@ -20,7 +20,7 @@ from pipelines.artifacts import (
     TrainedModel,
 )
 from pipelines.dag import StepContext
-from pipelines.recipe import EvaluateConfig
+from pipelines.measuring import EvaluateConfig
 from pipelines.scoring import Job, Subject, measure_in_step
 from pipelines.yardstick import Yardstick
 

@@ -24,7 +24,7 @@ from infra.errors import UserError
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, from_json, to_json
 from pipelines.blocks import Block, Item, Part
 from pipelines.dag import StepContext
-from pipelines.recipe import ReferenceConfig
+from pipelines.measuring import ReferenceConfig
 from pipelines.scoring import fill, on_actors
 from pipelines.yardstick import REAL_FEATURES, STATS, FeatureNetwork, as_local
 

@@ -16,7 +16,7 @@ from consistency.sigma_search import Outcome, Sigmas, search
 from infra import storage
 from pipelines.artifacts import Committed, ReferenceStats, SearchedModel, ShardSet, TrainedModel
 from pipelines.dag import StepContext
-from pipelines.recipe import SigmaSearchConfig
+from pipelines.measuring import SigmaSearchConfig
 from pipelines.scoring import Job, Subject, measure_in_step
 from pipelines.yardstick import Yardstick
 

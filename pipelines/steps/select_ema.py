@@ -14,7 +14,7 @@ from consistency.config import PowerEMA
 from infra import storage
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel
 from pipelines.dag import StepContext
-from pipelines.recipe import SelectConfig
+from pipelines.measuring import SelectConfig
 from pipelines.scoring import Job, Subject, measure_in_step
 from pipelines.yardstick import Yardstick
 

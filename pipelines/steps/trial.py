@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pipelines import probes
 from pipelines.artifacts import Committed, ReferenceStats, ShardSet, TrainedModel
 from pipelines.dag import StepContext, home_at
-from pipelines.recipe import WatchConfig
+from pipelines.measuring import WatchConfig
 from pipelines.training import StageConfig, on_workers, run_stage
 from pipelines.watch import WatchJob
 
