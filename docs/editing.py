@@ -1,6 +1,7 @@
 """The picture of docs/editing.md: before, input and after of all six edits.
 
 python docs/editing.py WORKSPACE COLOUR IMAGES.npy docs/editing.png [--labels LABELS.npy]
+    [--picks 0 12]
 
 WORKSPACE: of `cmforge run quickstart`; its registered model edits scikit-learn's digits. COLOUR: a
 folder (or any name `cmforge edit` takes) of a model of colour images, IMAGES.npy uint8
@@ -49,9 +50,9 @@ def main() -> None:
     rows = []
     for task in ("inpaint", "superres", "stroke", "denoise"):
         rows += [row(digits, task, *pairs[pick]) for pick in DIGITS]
+    rows.append(between(digits))
     for task in ("colorize", "inpaint", "superres"):
         rows += [row(colour, task, photos[pick], int(classes[pick])) for pick in given.picks]
-    rows.append(between(digits))
     sheet(rows).save(given.out, optimize=True)
 
 
@@ -66,15 +67,15 @@ def row(
         sigmas=levels(about, task, steps=steps, sigma=sigma),
         label=label if about.num_classes else None,
     )
-    size, missing, factor, shown = about.size, None, None, image
+    size, missing, factor, shown, small = about.size, None, None, image, image
     if task == "inpaint":
         missing = np.zeros((1, size, size), bool)
         missing[:, size // 4 : -size // 8, size // 2 - size // 8 :] = True
         shown = np.where(missing[0, ..., None], np.array(HOLE, np.uint8), image)
     elif task == "superres":
         factor = 2 if size < 16 else 4
-        image_given = means(image, factor)
-        shown = image_given.repeat(factor, 0).repeat(factor, 1)
+        small = means(image, factor)
+        shown = small.repeat(factor, 0).repeat(factor, 1)
     elif task == "stroke":
         shown = (means(image, 2).repeat(2, 0).repeat(2, 1) // 86 * 85).astype(np.uint8)
     elif task == "denoise":
@@ -83,7 +84,7 @@ def row(
     elif task == "colorize":
         luma = (image @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)
         shown = luma[..., None].repeat(3, axis=2)
-    source = image if task == "inpaint" else image_given if task == "superres" else shown
+    source = {"inpaint": image, "superres": small}.get(task, shown)
     count = 1 if task == "denoise" else AFTER  # f of one noisy image is one image
     results = edit_images(
         model, task, source[None], [count], setting, missing=missing, factor=factor
