@@ -1,7 +1,7 @@
 # make run       the quickstart: real digits in, a registered one-step generator out
 # make test      the tests a change must pass (minutes)
 # make test-all  also the slow ones (clean consumer environment, wheel)
-# make chaos     200 seeded faults, and whether the product survives them (half an hour)
+# make chaos     200 seeded faults, and whether the product survives them (75 minutes)
 # make lint      format, lint, types, import contracts
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

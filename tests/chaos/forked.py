@@ -58,6 +58,11 @@ class Bench:
             self._s3 = self.servers.enter_context(s3.server(self.root / "s3"))
         return self._s3
 
+    @property
+    def store(self) -> str | None:
+        """What the S3 server is; None where no scenario wanted one."""
+        return self._s3 and {"radosgw": "Ceph's radosgw", "moto": "moto"}[self._s3.kind]
+
     def close(self) -> None:
         self.servers.close()
         self.zygote.close()

@@ -45,6 +45,7 @@ def driver(bench: Bench, seed: int, faults: int) -> Story:
             pause = draw.uniform(0, 1.0)
             process = place.spawn()
             if not _until(place, process, lambda stage=stage: begun(place, stage)):
+                process.wait(LONG)  # it ended before, or is slow
                 break
             time.sleep(pause)
             place.meet(process.pid)
@@ -130,6 +131,7 @@ def stop(bench: Bench, seed: int, faults: int) -> Story:
                 return begun(place, stage) and place.log.stat().st_size > said
 
             if not _until(place, process, ready):
+                process.wait(LONG)
                 break
             place.meet(process.pid)
             process.send_signal(signal.SIGTERM)

@@ -129,7 +129,8 @@ def main() -> int:
             row["tries"] = max(row["tries"], story.tries)
             row["mended"] += len(story.mended)
             row["wrong"] += len(story.wrong)
-            stories.append({"of": kind.name, **asdict(story)})
+            faults = [fault.replace(f"{os.environ[SNAPSHOT]}/", "") for fault in story.faults]
+            stories.append({"of": kind.name, **asdict(story), "faults": faults})
             if not story.wrong and not arguments.keep:
                 for folder in root.glob(f"*-{seed}"):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -140,6 +141,7 @@ def main() -> int:
     found = {
         "seed": arguments.seed,
         "machine": f"{os.cpu_count()} CPUs, Python {platform.python_version()}",
+        "store": bench.store,
         "seconds": round(time.monotonic() - begun, 1),
         "kinds": rows,
         "scenarios": stories,
@@ -225,6 +227,7 @@ def joined(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     kept = [story for story in before["scenarios"] if story["of"] not in names]
     return {
         **now,
+        "store": now["store"] or before["store"],
         "seconds": sum(row["seconds"] for row in rows.values()),
         "kinds": [rows[kind.name] for kind in kinds() if kind.name in rows],
         "scenarios": [*kept, *now["scenarios"]],
@@ -261,7 +264,8 @@ def table(found: dict[str, Any]) -> str:
         "",
         "*Mended by hand*: the command stopped with one line that said what to delete; that was "
         "done, and nothing else. The driver, disk, file and S3 kinds run the command line with its "
-        "steps in one process; the Ray kinds run it as a user does.",
+        "steps in one process; the Ray kinds run it as a user does."
+        + (f" S3 is {found['store']}." if found["store"] else ""),
         "",
     ]
     return "\n".join(lines)
