@@ -42,7 +42,7 @@ def write_folder(
     folder: Path, description: "ModelDescription", weights: Mapping[str, "Tensor"]
 ) -> bool:
     """Write a model; returns whether it holds code of its own. UserError for what cannot be one."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from consistency.foreign import diffusers, diffusers_config
 
@@ -66,7 +66,7 @@ def write_folder(
         (folder / "unet" / f"{CODE}.py").write_text(one_file())
     _dump(folder / "unet" / "config.json", {"_class_name": name, **unet})
     _dump(folder / "scheduler" / "scheduler_config.json", {"_class_name": SCHEDULER, **scheduler})
-    save_file(tensors, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    (folder / "unet" / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     about = {
         "format": 1,
         "model": json.loads(description.to_json()),

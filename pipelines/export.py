@@ -99,12 +99,7 @@ def write_model(
     name: str,
 ) -> None:
     """A model folder of ours with its record, which says that it was called `name`."""
-    from safetensors.torch import save_file
-
-    tensors = {name: value.contiguous() for name, value in weights.items()}
-    save_file(tensors, folder / "weights.safetensors")
-    (folder / "config.json").write_text(description.to_json())
-    files = storage.describe_dir(str(folder))
+    files = model_record.write_files(folder, description, weights)
     (own,) = (file for file in files if file.path == "weights.safetensors")
     source = model_record.Source("cmforge", name, own.bytes, own.sha256)
     (folder / model_record.NAME).write_bytes(model_record.compose(source, files))

@@ -92,13 +92,9 @@ def write(imported: Imported, out: str) -> str:
 
     The same model again changes nothing. UserError where a different one is.
     """
-    from safetensors.torch import save_file
-
     out = storage.absolute(out)
     with tempfile.TemporaryDirectory(dir=temporary.root()) as folder:
-        save_file(imported.weights, Path(folder) / FILES[0])
-        (Path(folder) / FILES[1]).write_text(imported.description.to_json())
-        files = storage.describe_dir(folder)
+        files = model_record.write_files(Path(folder), imported.description, imported.weights)
         for file in files:
             _refuse_another(storage.join(out, file.path), file)
         for name in FILES:

@@ -8,12 +8,18 @@ A folder that has one is checked against it before anything in it is used.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from infra import storage
 from infra.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from consistency.published import ModelDescription
 
 NAME = "model.json"
 FORMAT = 1
@@ -29,6 +35,18 @@ class Source:
     name: str
     bytes: int
     sha256: str
+
+
+def write_files(
+    folder: Path, description: "ModelDescription", weights: "Mapping[str, Tensor]"
+) -> list[storage.FileRecord]:
+    """The two files, in a local folder; what a record says of them."""
+    from safetensors.torch import save  # its save_file leaves files that only their owner may read
+
+    data = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    (folder / FILES[0]).write_bytes(data)
+    (folder / FILES[1]).write_text(description.to_json())
+    return storage.describe_dir(str(folder))
 
 
 def compose(source: Source, files: Sequence[storage.FileRecord]) -> bytes:

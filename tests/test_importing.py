@@ -157,6 +157,10 @@ def test_what_is_written_and_the_record_last(folder, states):
     assert loaded.description == mapped(OPENAI[0], states[OPENAI[0]], "consistency")[0]
 
 
+def test_whoever_may_read_the_folder_may_read_all_of_it(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_the_same_again_changes_nothing_and_another_is_refused(folder, tmp_path, states):
     before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
     again = importing.read(str(tmp_path / "cd_small.pt"), **OPTIONS)

@@ -65,12 +65,12 @@ def run(ctx: StepContext, config: AdoptStage, shard: Committed[ShardSet]) -> Tra
 def _copy_weights(key: str, model: Adopted, target: Path) -> None:
     url = model.place if model.foreign else storage.join(model.place, WEIGHTS)
     if model.foreign:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         from pipelines import importing
 
         found = importing.read(model.place)
-        save_file({k: v.contiguous() for k, v in found.weights.items()}, target)
+        target.write_bytes(save({k: v.contiguous() for k, v in found.weights.items()}))
         digest = storage.sha256(url)
     elif storage.is_local(url):
         shutil.copyfile(storage.absolute(url), target)

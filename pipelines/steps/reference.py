@@ -262,10 +262,10 @@ def _external(
 
 
 def _write_statistics(path: Path, gaussian: "Gaussian") -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     n = np.asarray(gaussian.n or 0, np.int64)
-    save_file({"n": n, "mean": gaussian.mean, "covariance": gaussian.covariance}, path)
+    path.write_bytes(save({"n": n, "mean": gaussian.mean, "covariance": gaussian.covariance}))
 
 
 # --- the store of statistics by content -----------------------------------------------------------
