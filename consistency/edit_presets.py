@@ -73,6 +73,7 @@ def preset(
     else:
         first, last = _ends(TUNED[task], steps, sigma_min, sigma_max)
         first *= 1 if task == "superres" else max(1, size / TUNED_SIZE)
+        first *= max(1, sigma_min / last)  # of a model that knows high levels only
     first = first if task == "denoise" else min(first, sigma_max)
     last = max(last, sigma_min)
     if not sigma_min <= first <= sigma_max or (steps > 1 and last >= first):

@@ -57,6 +57,10 @@ def test_every_preset_decreases_within_the_models_levels(task, steps, sigma_min,
     assert levels == sorted(set(levels), reverse=True)
 
 
+def test_a_model_of_high_levels_is_asked_for_those():
+    assert preset("inpaint", 8, sigma_min=1.0, size=16)[::7] == [2.0, 1.0]
+
+
 def test_what_has_no_levels_is_refused():
     for steps in (0, 41):
         with pytest.raises(ValueError, match=f"inpaint: {steps} steps are not in 1 to 40"):
