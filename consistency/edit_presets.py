@@ -24,12 +24,13 @@ DEFAULT_STEPS: Mapping[Task, int] = {
     "interpolate": 1,
 }
 
-# steps -> (first level, last level); those between lie on a Karras grid.
+# steps -> (first level, last level) of images of 16 pixels; those between lie on a Karras grid.
 TUNED: Mapping[str, Mapping[int, tuple[float, float]]] = {
-    "inpaint": {1: (80.0, 80.0), 2: (80.0, 1.0), 4: (5.0, 0.25), 8: (2.0, 0.25)},
-    "superres": {1: (80.0, 80.0), 2: (1.0, 0.5), 4: (1.0, 0.25), 8: (1.0, 0.12)},
-    "colorize": {1: (80.0, 80.0), 2: (80.0, 1.0), 4: (5.0, 0.25), 8: (2.0, 0.25)},
+    "inpaint": {1: (5.0, 5.0), 2: (2.0, 1.0), 4: (2.0, 0.5), 8: (1.0, 0.5)},
+    "colorize": {1: (5.0, 5.0), 2: (2.0, 0.5), 4: (1.0, 0.12), 8: (1.0, 0.12)},
+    "superres": {1: (5.0, 5.0), 2: (1.0, 0.25), 4: (1.0, 0.25), 8: (1.0, 0.12)},
 }
+TUNED_SIZE = 16
 
 STROKE, STROKE_SIZE = (5.38, 2.24), 256  # the paper's, and the size of its images
 DENOISE_LAST = 0.1  # of the noise in the image: the last level, where there are several
@@ -42,15 +43,16 @@ def preset(
     sigma_max: float = 80.0,
     *,
     rho: float = 7.0,
-    size: int = STROKE_SIZE,
+    size: int = 256,
     sigma: float | None = None,
 ) -> list[float]:
     """`steps` decreasing noise levels within [sigma_min, sigma_max], for 1 to 40 evaluations of f.
 
-    size: side of the images in pixels, for strokes: the fewer pixels a stroke has, the sooner noise
-    hides it; tuned at 8 pixels and the paper's at 256, the level goes with the square root. sigma:
-    for denoising, the noise in the image, which comes first. Raises ValueError where no such levels
-    exist.
+    size: side of the images in pixels. Averaging s x s pixels divides noise by s, so what is large
+    in a larger image takes a higher first level to draw: above 16 pixels those of inpainting and
+    colours grow with it (superres has only patches to fill). Strokes go with the square root from
+    the 0.95 tuned at 8 pixels to the paper's 5.38 at 256. sigma: for denoising, the noise in the
+    image, which comes first. Raises ValueError where no such levels exist.
     """
     if task not in TASKS:
         raise ValueError(f"{task!r} is no edit; there are {', '.join(TASKS)}")
@@ -70,6 +72,8 @@ def preset(
         first, last = sigma, DENOISE_LAST * sigma
     else:
         first, last = _ends(TUNED[task], steps, sigma_min, sigma_max)
+        first *= 1 if task == "superres" else max(1, size / TUNED_SIZE)
+        first *= max(1, sigma_min / last)  # of a model that knows high levels only
     first = first if task == "denoise" else min(first, sigma_max)
     last = max(last, sigma_min)
     if not sigma_min <= first <= sigma_max or (steps > 1 and last >= first):

@@ -22,9 +22,17 @@ def test_strokes_are_the_papers_at_its_size_and_scale_with_others():
 def test_the_tuned_ends_are_used_as_they_stand():
     for task, tuned in TUNED.items():
         for steps, (first, last) in tuned.items():
-            levels = preset(task, steps)
-            assert levels[0] == first
-            assert levels[-1] == (last if steps > 1 else first)
+            for size in (8, 16):
+                levels = preset(task, steps, size=size)
+                assert levels[0] == first
+                assert levels[-1] == (last if steps > 1 else first)
+
+
+def test_larger_images_begin_higher_where_something_large_is_missing():
+    for task, factor in (("inpaint", 16), ("colorize", 16), ("superres", 1)):
+        first, last = TUNED[task][8]
+        levels = preset(task, 8, size=256)
+        assert (levels[0], levels[-1]) == (factor * first, last)
 
 
 def test_denoising_begins_with_the_noise_in_the_image():
@@ -47,6 +55,10 @@ def test_every_preset_decreases_within_the_models_levels(task, steps, sigma_min,
     assert len(levels) == steps
     assert sigma_min <= levels[-1] <= levels[0] <= sigma_max
     assert levels == sorted(set(levels), reverse=True)
+
+
+def test_a_model_of_high_levels_is_asked_for_those():
+    assert preset("inpaint", 8, sigma_min=1.0, size=16)[::7] == [2.0, 1.0]
 
 
 def test_what_has_no_levels_is_refused():
