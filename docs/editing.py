@@ -1,15 +1,15 @@
 """The picture of docs/editing.md: before, input and after of all six edits.
 
-python docs/editing.py WORKSPACE COLOUR IMAGES.npy docs/editing.png [--labels LABELS.npy]
-    [--picks 0 12]
+python docs/tint.py tinted.npz
+cmforge run quickstart data.source=npz data.path=tinted.npz data.labels=labels \
+    register.model=tinted --workspace tinted
+python docs/editing.py WORKSPACE tinted tinted.npz docs/editing.png
 
-WORKSPACE: of `cmforge run quickstart`; its registered model edits scikit-learn's digits. COLOUR: a
-folder (or any name `cmforge edit` takes) of a model of colour images, IMAGES.npy uint8
-[N, H, W, 3] real ones that it has not seen, with their classes.
+WORKSPACE: of `cmforge run quickstart`. The models registered from both workspaces edit the digits
+they were trained on.
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,22 +37,18 @@ SIGMA = 0.4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("workspace", "colour", "images", "out"):
+    for name in ("workspace", "tinted", "images", "out"):
         parser.add_argument(name)
-    parser.add_argument("--labels", type=Path)
-    parser.add_argument("--picks", type=int, nargs="+", default=[0, 1])
     given = parser.parse_args()
-    digits = models.load(None, given.workspace, "")
-    colour = models.load(given.colour, given.workspace, "")
+    digits, tinted = (models.load(None, place, "") for place in (given.workspace, given.tinted))
     pairs = list(sources.open_source("digits", None, size=None, fit="crop").samples())
-    photos = np.load(given.images)
-    classes = np.zeros(len(photos), int) if given.labels is None else np.load(given.labels)
+    with np.load(given.images) as file:
+        colours, labels = file["images"], file["labels"]
     rows = []
     for task in ("inpaint", "superres", "stroke", "denoise"):
         rows += [row(digits, task, *pairs[pick]) for pick in DIGITS]
+    rows += [row(tinted, "colorize", colours[pick], int(labels[pick])) for pick in DIGITS]
     rows.append(between(digits))
-    for task in ("colorize", "inpaint", "superres"):
-        rows += [row(colour, task, photos[pick], int(classes[pick])) for pick in given.picks]
     sheet(rows).save(given.out, optimize=True)
 
 
