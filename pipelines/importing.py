@@ -31,6 +31,7 @@ Kind = Literal["denoiser", "consistency"]
 SUFFIXES = (".pt", ".pth", ".pkl", ".bin", ".ckpt", ".safetensors")
 MOST_CONFIG = 1 << 20  # bytes
 _TENSORS = ".safetensors"
+_THEIR_ENDS = ("safetensors", "safetensors.index.json", "bin")  # the last is refused by name
 
 
 @dataclass(frozen=True)
@@ -233,8 +234,8 @@ def _from_folder(folder: str, scratch: Path, options: Options) -> Imported:
 
 def is_diffusers(folder: str) -> bool:
     """Whether diffusers made it: a pipeline's folder, or that of its network alone."""
-    names = storage.list_dir(folder)
-    return "model_index.json" in names or any(n.startswith("diffusion_pytorch_") for n in names)
+    names = ("model_index.json", *(f"diffusion_pytorch_model.{end}" for end in _THEIR_ENDS))
+    return any(storage.exists(storage.join(folder, name)) for name in names)
 
 
 def _from_diffusers(folder: str, scratch: Path, options: Options) -> Imported:

@@ -335,7 +335,7 @@ def test_the_command_parses_and_plans_and_fits_the_cluster(job, tmp_path, capsys
     Path(data).mkdir(parents=True)
     assert words.pop(0) == "cmforge"
     assert cli.main([*words, "--dry-run"]) == 0
-    assert "0 cached, 8 to run" in capsys.readouterr().out
+    assert "0 cached, 10 to run" in capsys.readouterr().out
 
     arguments, rest = cli._parser().parse_known_args(words)
     arguments.overrides += rest

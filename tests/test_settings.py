@@ -84,7 +84,10 @@ OTHER = {
     },
 }
 # Of the pipeline (data, evaluation, storage), with one possible value, or with their own test.
-ELSEWHERE = {"kind", "method", "images", "batch", "ema", "snapshots", "flip", "of", "init", "lpips"}
+ELSEWHERE = {
+    *("kind", "method", "images", "batch", "ema", "snapshots", "flip", "of", "init", "lpips"),
+    "from_",
+}
 RATIO = {"P_mean": 0.0, "P_std": 0.5, "q": 4.0, "k": 2.0, "b": 0.1, "max_ratio": 0.2, "stages": 1}
 LOGNORMAL = {"P_mean": 0.0, "P_std": 0.5, "levels": ConstantLevels(N=3)}
 

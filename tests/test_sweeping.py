@@ -269,14 +269,14 @@ def test_failed_and_lost_trials_are_over_and_give_their_reasons(tmp_path):
 def test_killed_at_any_write_it_comes_to_the_same_trials(tmp_path, kind, concurrent):
     """None lost, none doubled, none trained twice; one at a time TPE proposes the same ones too."""
     sweep = sweep_of(*WIDE, trials=3, search=kind, startup=1, probes=2)
-    whole = World(fails=0.1, dies=0.1)
+    whole = World(fails=0.2, dies=0.1)
     expected = run(search(tmp_path / "whole", sweep), whole.tune(concurrent)).all()
     assert len({trial.state for trial in expected}) > 1
     at = 0
     reached = True
     while reached:
         at += 1
-        home, world = tmp_path / str(at), World(fails=0.1, dies=0.1)
+        home, world = tmp_path / str(at), World(fails=0.2, dies=0.1)
         reached = killed(lambda home=home: search(home, sweep), world.tune(concurrent, at), at)
         before = begun(ledger(search(home, sweep)))
         it = run(search(home, sweep), world.tune(concurrent, at + 1))
