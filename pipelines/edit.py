@@ -149,7 +149,7 @@ def _mendable(where: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from error
 
 
 def _write(out: Path, images: Any) -> list[Path]:

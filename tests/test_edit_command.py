@@ -200,6 +200,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, said, capsys):
     assert main(["edit", *argv, "--out", "never.png"]) == 2
     error = capsys.readouterr().err
     assert said in error
+    assert error.count(f"{argv[0]}: ") <= 1
     assert error.count("\n") == 1
     assert "Traceback" not in error
     assert not Path("never.png").exists()
