@@ -259,26 +259,22 @@ def log_artifacts(uri: str, run_id: str, paths: Sequence[Path]) -> None:
 
 def predict(uri: str, model: str, num_samples: int, params: Mapping[str, Any]) -> Any:
     """What the registered model `models:/NAME@ALIAS` (or /VERSION) draws. Raises UserError."""
-    with user_errors(uri):
-        connect(uri)
-        import mlflow
+    with _asked_for(uri, model) as mlflow:
         import pandas as pd  # type: ignore[import-untyped]
-        from mlflow.exceptions import MlflowException
 
-        mlflow.set_tracking_uri(uri)  # load_model has no argument for it
-        mlflow.set_registry_uri(uri)
-        try:
-            loaded = mlflow.pyfunc.load_model(model)
-            return loaded.predict(pd.DataFrame({"num_samples": [num_samples]}), params=dict(params))
-        except MlflowException as error:
-            # The server answers well: there is no such model, or the model refuses the request.
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                raise
-            raise UserError(f"{model}: {error.message.splitlines()[0]}") from error
+        loaded = mlflow.pyfunc.load_model(model)
+        return loaded.predict(pd.DataFrame({"num_samples": [num_samples]}), params=dict(params))
 
 
 def download_model(uri: str, model: str, folder: Path) -> Path:
     """The files of `models:/NAME@ALIAS` (or /VERSION) below `folder`. Raises UserError."""
+    with _asked_for(uri, model) as mlflow:
+        return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(folder)))
+
+
+@contextmanager
+def _asked_for(uri: str, model: str) -> Iterator[Any]:
+    """MLflow, whose own functions on a registered model take no argument for the server."""
     with user_errors(uri):
         connect(uri)
         import mlflow
@@ -287,8 +283,9 @@ def download_model(uri: str, model: str, folder: Path) -> Path:
         mlflow.set_tracking_uri(uri)
         mlflow.set_registry_uri(uri)
         try:
-            return Path(mlflow.artifacts.download_artifacts(model, dst_path=str(folder)))
+            yield mlflow
         except MlflowException as error:
+            # The server answers well: there is no such model, or the model refuses the request.
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             raise UserError(f"{model}: {error.message.splitlines()[0]}") from error
