@@ -13,6 +13,7 @@ import os
 import re
 import tarfile
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -338,13 +339,19 @@ def _read_shard(
     return images, labels.astype(np.int64)
 
 
+# The header of an array is a Python literal, and CPython 3.11's parser counts its depth for all
+# threads together: two at once end in a SystemError now and then.
+_PARSING = threading.Lock()
+
+
 def _decode(data: bytes, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Tar bytes to arrays. Member names are only keys: nothing is extracted to disk."""
     from webdataset.tariterators import group_by_keys, tar_file_expander  # imports torch: seconds
 
     records = list(group_by_keys(tar_file_expander([{"url": name, "stream": io.BytesIO(data)}])))
-    images, labels = (
-        np.concatenate([np.load(io.BytesIO(r[part]), allow_pickle=False) for r in records])
-        for part in ("images.npy", "labels.npy")
-    )
+    with _PARSING:
+        images, labels = (
+            np.concatenate([np.load(io.BytesIO(r[part]), allow_pickle=False) for r in records])
+            for part in ("images.npy", "labels.npy")
+        )
     return images, labels
