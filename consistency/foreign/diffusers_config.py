@@ -15,7 +15,7 @@ from consistency import networks
 from consistency.config import NetworkConfig, NoiseConfig, check_network, norm_groups
 from consistency.foreign.checks import check_bounds
 from consistency.foreign.diffusers_levels import Levels, fitting
-from consistency.published import ModelDescription
+from consistency.published import ModelDescription, build_network
 
 Json = dict[str, Any]
 
@@ -151,14 +151,9 @@ def norms(description: ModelDescription) -> set[tuple[int, int]]:
 
 def empty_network(description: ModelDescription) -> networks.UNet:
     """The network without memory for its weights."""
-    return networks.build(
-        description.network,
-        size=description.size,
-        image_channels=description.channels,
-        num_classes=description.num_classes,
-        gap=description.kind == "mean_flow",
-        device="meta",
-    )
+    net = build_network(description, device="meta")
+    assert isinstance(net, networks.UNet)
+    return net
 
 
 def _attending(network: NetworkConfig, size: int) -> list[int]:

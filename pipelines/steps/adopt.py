@@ -3,7 +3,6 @@
 The step keeps the stage's name, so that all that comes after it finds its input as ever.
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -72,11 +71,8 @@ def _copy_weights(key: str, model: Adopted, target: Path) -> None:
         found = importing.read(model.place)
         target.write_bytes(save({k: v.contiguous() for k, v in found.weights.items()}))
         digest = storage.sha256(url)
-    elif storage.is_local(url):
-        shutil.copyfile(storage.absolute(url), target)
-        digest = storage.sha256(str(target))
     else:
-        target.write_bytes(storage.read_bytes(url))
+        storage.download_file(url, str(target))
         digest = storage.sha256(str(target))
     if digest != model.sha256:
         raise UserError(
